@@ -1,0 +1,40 @@
+"""Facts of the accelerators the lab knows, and what a machine with one costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pytest_gpulab.errors import unknown_name
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One GPU type and the smallest EC2 instance type that carries it."""
+
+    name: str
+    memory_bytes: int
+    """Total device memory as the driver reports it, bytes."""
+    instance_type: str
+    price_usd_per_hour: float | None
+    """On demand, us-west-2, Linux, per hour of one accelerator; None where no price is on record."""
+
+
+GIB = 1024**3
+
+ACCELERATORS = {
+    accelerator.name: accelerator
+    for accelerator in (
+        Accelerator("t4", 15_360 * 1024**2, "g4dn.xlarge", 0.526),
+        Accelerator("l4", 23_034 * 1024**2, "g6.xlarge", 0.8048),
+        Accelerator("h200", 143_771 * 1024**2, "p5en.48xlarge", None),
+        # One of the eight GPUs of the instance.
+        Accelerator("b200", 183_359 * 1024**2, "p6-b200.48xlarge", 113.93 / 8),
+    )
+}
+
+
+def find_accelerator(name: str) -> Accelerator:
+    """The accelerator called `name`; ValueError lists the known ones."""
+    if name not in ACCELERATORS:
+        raise ValueError(unknown_name("accelerator", name, ACCELERATORS))
+    return ACCELERATORS[name]

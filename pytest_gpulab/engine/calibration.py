@@ -1,0 +1,132 @@
+"""Calibrations: what one step and one request cost on a model, accelerator and number format.
+
+They are JSON files in `calibrations/`, written by ``gpulab fit`` from measured runs; nothing in them is typed in
+by hand.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import resources
+
+from pydantic import BaseModel, ConfigDict
+
+from pytest_gpulab.experiment import Profile
+
+
+class _Coefficients(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class GpuCost(_Coefficients):
+    """Seconds the GPU needs for one step: the sum of these terms.
+
+    A step has nd decoding sequences that read ctx tokens of context in all, and pt prefill tokens that attend to
+    pa = sum over prefills of chunk * (start + chunk / 2) tokens.
+    """
+
+    step_s: float
+    per_decode_s: float
+    per_context_token_s: float
+    per_prefill_token_s: float
+    per_attended_token_s: float
+
+
+class CpuCost(_Coefficients):
+    """Seconds the engine's CPU needs to prepare and launch one step.
+
+    Preparing is `step_s` + `per_sequence_s` per scheduled sequence. Launching is free for decode-only steps (CUDA
+    graphs); a step with prefill launches its kernels one by one: `launch_small_s` up to 512 tokens, above that
+    `launch_large_s`.
+    """
+
+    step_s: float
+    per_sequence_s: float
+    launch_small_s: float
+    launch_large_s: float
+
+
+class FrontEndCost(_Coefficients):
+    """Seconds of the API server's single CPU: to take a request in, and to stream a token out.
+
+    `latency_s` is added to every answer and occupies nobody (network, wake-ups).
+    """
+
+    per_request_s: float
+    per_prompt_token_s: float
+    per_output_token_s: float
+    latency_s: float
+
+
+class Variant(_Coefficients):
+    """The costs of one number format, with how well they predict runs that were left out of the fit."""
+
+    gpu: GpuCost
+    cpu: CpuCost
+    front_end: FrontEndCost
+    relative_error: float
+    """Median absolute relative error over the runs, each predicted by a fit without it."""
+    runs: int
+    """How many measured runs the fit used."""
+
+
+class Calibration(_Coefficients):
+    """One model on one accelerator."""
+
+    name: str
+    model: str
+    accelerator: str
+    vllm: str
+    source: str
+    """What was measured, by whom, when."""
+    reserved_bytes: int
+    """Device memory that weights, activations and CUDA graphs take from the KV cache beside the weights'
+    own bytes (measured KV cache size subtracted from what `gpu_memory_utilization` allows)."""
+    variants: dict[str, Variant]
+
+
+def variant_name(profile: Profile) -> str:
+    """The number format of `profile`: ``base``, ``fp8-kv``, ``fp8-weights``, or what else it asks for."""
+    args = profile.engine_args
+    parts = []
+    if args.kv_cache_dtype != "auto":
+        parts.append("fp8-kv")
+    if args.quantization is not None:
+        parts.append("fp8-weights" if args.quantization == "fp8" else args.quantization)
+    return "+".join(parts) or "base"
+
+
+def calibration_names() -> list[str]:
+    """The calibrations that exist, sorted."""
+    files = resources.files("pytest_gpulab.engine.calibrations").iterdir()
+    return sorted(f.name.removesuffix(".json") for f in files if f.name.endswith(".json"))
+
+
+@cache
+def load_calibration(name: str) -> Calibration:
+    """The calibration called `name`; ValueError lists those that exist."""
+    if name not in calibration_names():
+        raise ValueError(f"no calibration {name!r}; there are: {', '.join(calibration_names())}")
+    text = (resources.files("pytest_gpulab.engine.calibrations") / f"{name}.json").read_text()
+    return Calibration.model_validate_json(text)
+
+
+def find_variant(profile: Profile, name: str | None = None) -> tuple[Calibration, Variant]:
+    """The calibration and variant that serve `profile`; `name` None means the profile's own.
+
+    ValueError when the calibration is missing, is of another model or accelerator, or lacks the number format.
+    """
+    calibration = load_calibration(name or f"{profile.accelerator}-{profile.model}")
+    asked = (profile.accelerator, profile.model)
+    if asked != (calibration.accelerator, calibration.model):
+        raise ValueError(
+            f"calibration {calibration.name!r} is of {calibration.model} on {calibration.accelerator}, the profile "
+            f"is {profile.model} on {profile.accelerator}; there are: {', '.join(calibration_names())}"
+        )
+    variant = variant_name(profile)
+    if variant not in calibration.variants:
+        raise ValueError(
+            f"calibration {calibration.name!r} has no number format {variant!r}, only "
+            f"{', '.join(sorted(calibration.variants))}; measure it and fit it with `gpulab fit`"
+        )
+    return calibration, calibration.variants[variant]

@@ -1,0 +1,1 @@
+"""Real calibrations as JSON, one per model and accelerator."""

@@ -1,0 +1,14 @@
+"""The words of refusals: what must hold, what was got, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def unknown_name(what: str, got: str, known: Iterable[str]) -> str:
+    """'unknown WHAT GOT: did you mean X? known: A, B'; the guess only where a name is near."""
+    names = sorted(known)
+    near = difflib.get_close_matches(got, names, n=1)
+    guess = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown {what} {got!r}: {guess}known: {', '.join(names)}"

@@ -1,0 +1,113 @@
+"""Gates: comparisons that count for a decision, and the ledger in which a test item collects them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from pytest_gpulab.evidence import Measurement
+    from pytest_gpulab.knee import Knee
+
+Outcome = Literal["held", "false", "undecided"]
+Role = Literal["gate", "caveat", "requires"]
+
+
+class Figure(BaseModel):
+    """One side of a gate in numbers: the median over repeats and its order-statistic interval.
+
+    A constant has n = 0 and low = high = value. Infinite: undelivered requests reach into the percentile.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    label: str
+    value: float
+    low: float
+    high: float
+    n: int
+    unit: str
+    deterministic: bool = False
+    """All repeats were the same run, so n is 1 and there is no spread."""
+
+
+class Gate(BaseModel):
+    """One comparison that counted, with its numbers and its line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    role: Role
+    outcome: Outcome
+    text: str
+    """As written in the experiment, e.g. ``queued.delivery_ratio >= 0.999``."""
+    reason: str
+    """The numbers in a sentence, e.g. ``p95 e2e 1.93 s [1.71, 2.20] against 2.0 s: 6 of 6 repeats held``."""
+    note: str = ""
+    """What a caveat or a requirement says when it does not hold."""
+    left: Figure
+    operator: str
+    right: Figure
+    runs: tuple[str, ...]
+    """Ids of the measurements that were compared."""
+    file: str
+    line: int
+    last_line: int
+    """Source lines of the statement, inclusive: an AssertionError raised there is this gate's."""
+
+
+@dataclass
+class Ledger:
+    """What one test item has shown so far: its gates, in order, and what it measured."""
+
+    nodeid: str
+    in_test: bool = True
+    """False while fixtures run: a gate there is an error, because no test would answer for it."""
+    gates: list[Gate] = field(default_factory=list)
+    measurements: list[Measurement] = field(default_factory=list)
+    knees: list[Knee] = field(default_factory=list)
+    unmet: str = ""
+    """The text of the first requirement that did not hold; later gates are undecided because of it."""
+
+    def record(self, gate: Gate) -> None:
+        """Add `gate`; RuntimeError in a fixture, where a false gate could not reject anything."""
+        if not self.in_test:
+            raise RuntimeError(
+                f"{gate.file}:{gate.line}: a gate must stand in the test, not in a fixture; "
+                "let the fixture return the measurement and assert on it in the test"
+            )
+        self.gates.append(gate)
+        if gate.role == "requires" and gate.outcome != "held" and not self.unmet:
+            self.unmet = f"{gate.note}: {gate.reason}"
+
+
+_ledger: ContextVar[Ledger | None] = ContextVar("gpulab_ledger", default=None)
+
+
+def current_ledger() -> Ledger | None:
+    """The ledger of the test item that runs now; None outside pytest."""
+    return _ledger.get()
+
+
+@contextmanager
+def collecting(ledger: Ledger) -> Iterator[Ledger]:
+    """Gates decided inside are recorded in `ledger`."""
+    token = _ledger.set(ledger)
+    try:
+        yield ledger
+    finally:
+        _ledger.reset(token)
+
+
+def evidence_of(ledger: Ledger) -> dict[str, Any]:
+    """Gates and measurements of `ledger` in builtin types, fit for a test report that crosses processes."""
+    from pytest_gpulab.evidence import summarize
+
+    return {
+        "gates": [gate.model_dump(mode="json") for gate in ledger.gates],
+        "runs": [summarize(measurement).model_dump(mode="json") for measurement in ledger.measurements],
+    }

@@ -1,0 +1,86 @@
+"""A Run: one execution's evidence, whatever target it ran on.
+
+The request table comes from the client's side of the wire, the server table and the totals from vLLM's
+metrics. Figures (percentiles, rates, costs) are computed from them in `pytest_gpulab.figures`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Basis = Literal["simulated", "emulated", "measured"]
+
+REQUEST_DTYPE = np.dtype(
+    [
+        ("scheduled", "f8"),
+        ("sent", "f8"),
+        ("first_token", "f8"),
+        ("last_token", "f8"),
+        ("prompt_tokens", "i4"),
+        ("output_tokens", "i4"),
+        ("ok", "?"),
+    ]
+)
+"""One row a request that the schedule offered. Times are seconds from the run's start; NaN: never happened.
+
+``output_tokens`` counts tokens received, ``ok`` means that all requested tokens arrived.
+"""
+
+SERVER_DTYPE = np.dtype(
+    [
+        ("time", "f8"),
+        ("num_requests_running", "i4"),
+        ("num_requests_waiting", "i4"),
+        ("kv_cache_usage", "f8"),
+        ("prompt_tokens_total", "i8"),
+        ("generation_tokens_total", "i8"),
+        ("num_preemptions_total", "i8"),
+    ]
+)
+"""One row a scrape, each second: gauges, and counters since the run's start. KV usage is a fraction."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a Run comes from: enough to repeat it."""
+
+    target: str
+    basis: Basis
+    seed: int
+    definition_hash: str
+    """Hash of workload and profile together."""
+    server: str
+    """What served: calibration and its variant, or vLLM's version and the GPU."""
+    relative_error: float = 0.0
+    """How far absolute figures may be off (0.05 = 5 %): the calibration's stored error; 0 when measured."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One execution's evidence.
+
+    Attributes:
+        requests: REQUEST_DTYPE, in order of the schedule.
+        server: SERVER_DTYPE, once a second; empty where the target shows no metrics.
+        totals: sums over the run under vLLM's metric names without the ``vllm:`` prefix
+            (``request_queue_time_seconds_sum``, ``request_queue_time_seconds_count``,
+            ``prompt_tokens_total``, ``generation_tokens_total``, ``num_preemptions_total``,
+            ``prefix_cache_queries_total``, ``prefix_cache_hits_total``, ``request_success_total``).
+        duration_s: from the run's start to the last answer, or to the end of the workload's stated duration
+            when that is later: the accelerator is billed for both.
+        timeline: (seconds, what happened), in order.
+        problems: why this run is no valid evidence; empty for a valid run.
+    """
+
+    requests: NDArray[Any]
+    server: NDArray[Any]
+    totals: Mapping[str, float]
+    duration_s: float
+    provenance: Provenance
+    timeline: tuple[tuple[float, str], ...] = ()
+    problems: tuple[str, ...] = field(default=())
