@@ -88,9 +88,7 @@ def _times(workload: Workload, random: np.random.Generator) -> NDArray[np.float6
     return _random_times(count, duration_s, 1.0, arrivals.rate, random)
 
 
-def _until(
-    count: int | None, duration_s: float | None, time_of: Any, highest_rate: float
-) -> NDArray[np.float64]:
+def _until(count: int | None, duration_s: float | None, time_of: Any, highest_rate: float) -> NDArray[np.float64]:
     if count is not None:
         return np.asarray(time_of(np.arange(count)), dtype=np.float64)
     assert duration_s is not None
@@ -146,4 +144,5 @@ def _lengths(
 
 
 def _log_normal(median: int, sigma: float, most: int, normal: NDArray[np.float64]) -> NDArray[np.int32]:
-    return np.clip(np.rint(median * np.exp(sigma * normal)), 1, most).astype(np.int32)
+    tokens: NDArray[np.int32] = np.clip(np.rint(median * np.exp(sigma * normal)), 1, most).astype(np.int32)
+    return tokens

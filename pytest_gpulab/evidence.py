@@ -1,1 +1,458 @@
-"""placeholder, written next"""
+"""Lazy evidence: Estimates over repeats, compared to Claims, which gate decisions.
+
+Nothing runs until a claim is asked for its truth; then repeats are pulled, always from the first seed on, until
+the sequential sign rule (`pytest_gpulab.rule`) decides.
+"""
+
+from __future__ import annotations
+
+import math
+import operator as operators
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+from pytest_gpulab.gates import Figure, Gate, Outcome, Role, current_ledger
+from pytest_gpulab.rule import LOOKS, Result, Vote, decide, interval_ranks, looks_for
+from pytest_gpulab.source import Place, place_of_assert, place_of_call
+
+if TYPE_CHECKING:
+    from pytest_gpulab.measurement import Measurement
+
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    "<": operators.lt,
+    "<=": operators.le,
+    ">": operators.gt,
+    ">=": operators.ge,
+}
+
+
+# --- estimates ----------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Estimate:
+    """A quantity with one value a repeat. Compare it to make a claim; scale it to state a margin.
+
+    Attributes:
+        sources: the measurements it is computed from.
+        value_of: repeat index (from 0) to value, in `unit`.
+        error: relative calibration error of absolute values, 0 when measured or when it cancels.
+        servers: calibrations (or real servers) behind it; errors of the same ones cancel in a comparison.
+        sample_floor: requests that every run must offer for the value to mean anything.
+    """
+
+    label: str
+    unit: str
+    sources: tuple[Measurement, ...]
+    value_of: Callable[[int], float]
+    error: Callable[[], float]
+    servers: Callable[[], frozenset[str]]
+    sample_floor: int = 1
+
+    @property
+    def value(self) -> float:
+        """Median over the repeats pulled so far (one is pulled if there is none)."""
+        return self.figure().value
+
+    @property
+    def low(self) -> float:
+        """Lower end of the interval over the repeats pulled so far."""
+        return self.figure().low
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval over the repeats pulled so far."""
+        return self.figure().high
+
+    def figure(self, repeats: int | None = None, *, widened: float = 0.0) -> Figure:
+        """Median and matching order statistics over the first `repeats` repeats, ends widened by a relative error."""
+        count = repeats or max(1, *(source.pulled for source in self.sources))
+        values = sorted(self.value_of(repeat) for repeat in range(count))
+        deterministic = len({_pair_key(self.sources, repeat) for repeat in range(count)}) == 1 < count
+        lowest, highest = interval_ranks(count)
+        return Figure(
+            label=self.label,
+            value=_median(values),
+            low=values[lowest] * (1 - widened),
+            high=values[highest] * (1 + widened),
+            n=1 if deterministic else count,
+            unit=self.unit,
+            deterministic=deterministic,
+        )
+
+    def __repr__(self) -> str:
+        if any(source.pulled == 0 for source in self.sources):
+            return f"<{self.label}, not run yet>"
+        return f"<{self.label} {figure_text(self.figure())}>"
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError(f"{self.label} is an estimate, it has no truth: compare it, e.g. `estimate <= 2.0`")
+
+    def __eq__(self, other: object) -> NoReturn:
+        raise TypeError(
+            f"{self.label}: estimates are never equal; state a margin instead, e.g. `capped.p95 <= 0.9 * base.p95`"
+        )
+
+    __ne__ = __eq__
+    __hash__ = object.__hash__
+
+    def __lt__(self, other: Estimate | float) -> Comparison:
+        return Comparison(self, "<", other)
+
+    def __le__(self, other: Estimate | float) -> Comparison:
+        return Comparison(self, "<=", other)
+
+    def __gt__(self, other: Estimate | float) -> Comparison:
+        return Comparison(self, ">", other)
+
+    def __ge__(self, other: Estimate | float) -> Comparison:
+        return Comparison(self, ">=", other)
+
+    def __mul__(self, factor: float) -> Estimate:
+        _require_number(factor, "*")
+        return self._scaled(factor, f"{factor:g} x {self.label}")
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Estimate | float) -> Estimate:
+        if isinstance(other, Estimate):
+            return _ratio(self, other)
+        _require_number(other, "/")
+        return self._scaled(1 / other, f"{self.label} / {other:g}")
+
+    def __sub__(self, other: Estimate) -> Estimate:
+        return _difference(self, other)
+
+    def _scaled(self, factor: float, label: str) -> Estimate:
+        value_of = self.value_of
+        return Estimate(
+            label,
+            self.unit,
+            self.sources,
+            lambda i: factor * value_of(i),
+            self.error,
+            self.servers,
+            self.sample_floor,
+        )
+
+
+def _ratio(top: Estimate, bottom: Estimate) -> Estimate:
+    def value_of(repeat: int) -> float:
+        below = bottom.value_of(repeat)
+        return top.value_of(repeat) / below if below else math.inf
+
+    def error() -> float:
+        return 0.0 if top.servers() == bottom.servers() else top.error() + bottom.error()
+
+    unit = "ratio" if top.unit == bottom.unit else f"{top.unit} / {bottom.unit}"
+    return _combined(f"({top.label} / {bottom.label})", unit, top, bottom, value_of, error)
+
+
+def _difference(left: Estimate, right: Estimate) -> Estimate:
+    if not isinstance(right, Estimate):
+        raise TypeError(
+            f"{left.label} - {right!r}: subtract an estimate of the same unit; put numbers on the other side"
+        )
+    _require_same_unit(left, "-", right)
+
+    def error() -> float:
+        return max(left.error(), right.error())
+
+    return _combined(
+        f"({left.label} - {right.label})",
+        left.unit,
+        left,
+        right,
+        lambda repeat: left.value_of(repeat) - right.value_of(repeat),
+        error,
+    )
+
+
+def _combined(
+    label: str,
+    unit: str,
+    left: Estimate,
+    right: Estimate,
+    value_of: Callable[[int], float],
+    error: Callable[[], float],
+) -> Estimate:
+    return Estimate(
+        label,
+        unit,
+        left.sources + right.sources,
+        value_of,
+        error,
+        lambda: left.servers() | right.servers(),
+        max(left.sample_floor, right.sample_floor),
+    )
+
+
+def _require_number(value: object, sign: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"an estimate {sign} must be given a plain number, got {value!r}")
+
+
+def _require_same_unit(left: Estimate, sign: str, right: Estimate) -> None:
+    if left.unit != right.unit:
+        raise TypeError(
+            f"both sides of {sign} must have the same unit, got {left.label} in {left.unit} and {right.label} in "
+            f"{right.unit}"
+        )
+
+
+# --- claims -------------------------------------------------------------------------------------------------
+
+
+class Decided(NamedTuple):
+    """What a claim came to: outcome, the numbers in a sentence, and both sides."""
+
+    outcome: Outcome
+    reason: str
+    left: Figure
+    operator: str
+    right: Figure
+
+
+class Claim(ABC):
+    """Something that repeats can hold, refute or leave undecided. Its truth in an ``assert`` is a gate."""
+
+    _recorded: Gate | None = None
+
+    @abstractmethod
+    def decide(self, alternatives: int = 1) -> Decided:
+        """Pull repeats until the rule decides, at an error level split over so many `alternatives`."""
+
+    @property
+    @abstractmethod
+    def text(self) -> str:
+        """The claim in words, for where the source does not show it."""
+
+    @property
+    @abstractmethod
+    def sources(self) -> tuple[Measurement, ...]:
+        """The measurements that decide it."""
+
+    def __bool__(self) -> bool:
+        """False only when refuted. An undecided gate does not raise: the item ends as open instead.
+
+        TypeError outside of ``assert``.
+        """
+        place = place_of_assert(sys._getframe(1))
+        return self.gate("gate", place).outcome != "false"
+
+    def gate(self, role: Role, place: Place, note: str = "") -> Gate:
+        """Decide and record this claim, once."""
+        if self._recorded is None:
+            self._recorded = self._make_gate(role, place, note)
+            ledger = current_ledger()
+            if ledger is not None:
+                ledger.record(self._recorded)
+        return self._recorded
+
+    def _make_gate(self, role: Role, place: Place, note: str) -> Gate:
+        decided = self.decide()
+        ledger = current_ledger()
+        if ledger is not None and ledger.unmet and decided.outcome != "undecided":
+            decided = decided._replace(outcome="undecided", reason=f"{ledger.unmet} ({decided.reason})")
+        return Gate(
+            role=role,
+            outcome=decided.outcome,
+            text=place.text or self.text,
+            reason=decided.reason,
+            note=note,
+            left=decided.left,
+            operator=decided.operator,
+            right=decided.right,
+            runs=tuple(dict.fromkeys(source.id for source in self.sources)),
+            file=place.file,
+            line=place.line,
+            last_line=place.last_line,
+        )
+
+
+class Comparison(Claim):
+    """Estimate against Estimate (paired repeat by repeat) or against a constant in the Estimate's unit."""
+
+    def __init__(self, left: Estimate, operator: str, right: Estimate | float) -> None:
+        if isinstance(right, Estimate):
+            _require_same_unit(left, operator, right)
+        else:
+            _require_number(right, operator)
+        self.left, self.operator, self.right = left, operator, right
+
+    @property
+    def text(self) -> str:
+        right = self.right.label if isinstance(self.right, Estimate) else number_text(self.right, self.left.unit)
+        return f"{self.left.label} {self.operator} {right}"
+
+    @property
+    def sources(self) -> tuple[Measurement, ...]:
+        return self.left.sources + (self.right.sources if isinstance(self.right, Estimate) else ())
+
+    def decide(self, alternatives: int = 1) -> Decided:
+        result, deterministic = self._result(alternatives)
+        outcome, why = result.outcome, votes_text(result, deterministic)
+        invalid = self._invalid(result.repeats)
+        if invalid:
+            outcome, why = "undecided", invalid
+        left_error, right_error = self._errors
+        left = self.left.figure(result.repeats, widened=left_error)
+        right = self._right_figure(result.repeats, right_error)
+        reason = f"{left.label} {figure_text(left)} against {figure_text(right)}: {why}"
+        if left_error or right_error:
+            reason += f" (calibration error {max(left_error, right_error):.1%} included)"
+        if outcome == "held" and self.left.unit == "ratio" and result.held == result.repeats and not deterministic:
+            reason += f"; up to {1 - 0.05 ** (1 / result.repeats):.0%} of runs could still fail"
+        return Decided(outcome, reason, left, self.operator, right)
+
+    def _result(self, alternatives: int) -> tuple[Result, bool]:
+        """The rule's result; with identical repeats the one there is decides, and (result, True) comes back."""
+        looks = looks_for(min(source.max_repeats for source in self.sources), alternatives)
+        distinct = {_pair_key(self.sources, repeat) for repeat in range(LOOKS[0].repeats)}
+        if len(distinct) == 1 and self._simulated:
+            vote = self._vote(0)
+            outcome: Outcome = "held" if vote == 1 else "false" if vote == -1 else "undecided"
+            return Result(outcome, LOOKS[0].repeats, vote == 1, vote == -1), True
+        return decide(self._vote, looks), False
+
+    @property
+    def _simulated(self) -> bool:
+        return all(source.run(0).provenance.basis == "simulated" for source in self.sources)
+
+    @cached_property
+    def _errors(self) -> tuple[float, float]:
+        """Relative error of each side; errors of one calibration cancel between two of its arms."""
+        if not isinstance(self.right, Estimate):
+            return self.left.error(), 0.0
+        if self.left.servers() == self.right.servers():
+            return 0.0, 0.0
+        return self.left.error(), self.right.error()
+
+    def _vote(self, repeat: int) -> Vote:
+        """1 when the claim holds at both ends of the calibration's error, -1 when it fails at both."""
+        left = self.left.value_of(repeat)
+        right = self.right.value_of(repeat) if isinstance(self.right, Estimate) else self.right
+        left_error, right_error = self._errors
+        if math.isnan(left) or math.isnan(right) or (math.isinf(left) and math.isinf(right)):
+            return 0  # two undelivered percentiles say nothing of one another
+        compare = _COMPARE[self.operator]
+        ends = [
+            compare(left * (1 - left_error), right * (1 + right_error)),
+            compare(left * (1 + left_error), right * (1 - right_error)),
+        ]
+        return 1 if all(ends) else -1 if not any(ends) else 0
+
+    def _invalid(self, repeats: int) -> str:
+        """Why the evidence cannot decide, or nothing."""
+        floor = max(self.left.sample_floor, self.right.sample_floor if isinstance(self.right, Estimate) else 1)
+        for source in self.sources:
+            for repeat in range(repeats):
+                run = source.run(repeat)
+                if run.problems:
+                    return f"invalid evidence (seed {run.provenance.seed}): {'; '.join(run.problems)}"
+                if len(run.requests) < floor:
+                    return f"this percentile needs {floor} requests a run, {source.label} offered {len(run.requests)}"
+        return ""
+
+    def _right_figure(self, repeats: int, widened: float) -> Figure:
+        if isinstance(self.right, Estimate):
+            return self.right.figure(repeats, widened=widened)
+        value = float(self.right)
+        return Figure(label="constant", value=value, low=value, high=value, n=0, unit=self.left.unit)
+
+
+class AnyOf(Claim):
+    """Held when one of its claims holds at an error level split between them; false when all are."""
+
+    def __init__(self, claims: tuple[Claim, ...]) -> None:
+        if len(claims) < 2 or not all(isinstance(claim, Claim) for claim in claims):
+            raise TypeError(f"any_of needs at least two claims such as `a.p95 <= 2.0`, got {claims!r}")
+        self.claims = claims
+
+    @property
+    def text(self) -> str:
+        return f"any_of({', '.join(claim.text for claim in self.claims)})"
+
+    @property
+    def sources(self) -> tuple[Measurement, ...]:
+        return tuple(source for claim in self.claims for source in claim.sources)
+
+    def decide(self, alternatives: int = 1) -> Decided:
+        decided = [claim.decide(alternatives * len(self.claims)) for claim in self.claims]
+        for outcome in ("held", "undecided", "false"):
+            chosen = [one for one in decided if one.outcome == outcome]
+            if chosen:
+                reason = "; ".join(one.reason for one in (chosen if outcome == "held" else decided))
+                return chosen[0]._replace(reason=reason)
+        raise AssertionError("unreachable: every claim has an outcome")
+
+
+def any_of(*claims: Claim) -> AnyOf:
+    """The claim that at least one of `claims` holds. TypeError for fewer than two."""
+    return AnyOf(claims)
+
+
+def caveat(claim: Claim, text: str) -> None:
+    """Record `claim` as a reservation: false or undecided turns supported into caveated, it never fails."""
+    _require_claim(claim, "caveat")
+    claim.gate("caveat", place_of_call(sys._getframe(1)), text)
+
+
+def requires(claim: Claim, text: str) -> None:
+    """Record `claim` as a precondition of the evidence: when it does not hold, later gates are undecided."""
+    _require_claim(claim, "requires")
+    claim.gate("requires", place_of_call(sys._getframe(1)), text)
+
+
+def _require_claim(claim: object, name: str) -> None:
+    if not isinstance(claim, Claim):
+        raise TypeError(f"{name}() needs a comparison of estimates such as `m.p95 <= 2.0`, got {claim!r}")
+
+
+# --- words --------------------------------------------------------------------------------------------------
+
+
+def _pair_key(sources: tuple[Measurement, ...], repeat: int) -> tuple[int, ...]:
+    """Which runs repeat `repeat` compares: the Lab hands out the same object for the same run."""
+    return tuple(id(source.run(repeat)) for source in sources)
+
+
+def _median(ordered: list[float]) -> float:
+    middle = len(ordered) // 2
+    if len(ordered) % 2:
+        return ordered[middle]
+    low, high = ordered[middle - 1], ordered[middle]
+    return low if low == high else (low + high) / 2
+
+
+def votes_text(result: Result, deterministic: bool) -> str:
+    """``6 of 6 repeats held``, ``4 of 24 repeats held; undecided after 24``, or ``deterministic, n=1``."""
+    if deterministic:
+        return f"{result.outcome}; deterministic, n=1"
+    counted = result.false if result.outcome == "false" else result.held
+    word = "refuted it" if result.outcome == "false" else "held"
+    text = f"{counted} of {result.repeats} repeats {word}"
+    return text + (f"; undecided after {result.repeats}" if result.outcome == "undecided" else "")
+
+
+def number_text(value: float, unit: str) -> str:
+    """Three significant digits and the unit: ``1.93 s``, ``0.999``, ``inf s``."""
+    digits = f"{value:.3g}" if abs(value) < 1000 or math.isinf(value) else f"{value:.0f}"
+    if unit == "ratio":
+        digits = f"{value:.4g}"
+    return digits if unit == "ratio" else f"{digits} {unit}"
+
+
+def figure_text(figure: Figure) -> str:
+    """``1.93 s [1.71, 2.20]``; a constant or a single run has no interval."""
+    text = number_text(figure.value, figure.unit)
+    if figure.low == figure.high:
+        return text
+    low, high = (
+        number_text(end, "ratio" if figure.unit == "ratio" else "").strip() for end in (figure.low, figure.high)
+    )
+    return f"{text} [{low}, {high}]"

@@ -106,9 +106,7 @@ class Trace(Definition):
 
     @field_validator("rows")
     @classmethod
-    def _rows_are_possible(
-        cls, rows: tuple[tuple[float, int, int], ...]
-    ) -> tuple[tuple[float, int, int], ...]:
+    def _rows_are_possible(cls, rows: tuple[tuple[float, int, int], ...]) -> tuple[tuple[float, int, int], ...]:
         previous_s = 0.0
         for index, (arrival_s, prompt_tokens, output_tokens) in enumerate(rows):
             if not previous_s <= arrival_s < float("inf"):
@@ -169,9 +167,7 @@ class Lengths(Definition):
             ("output", self.output_median, self.output_max),
         ):
             if median > most:
-                raise ValueError(
-                    f"{what}_median must be at most {what}_max, got {median} > {most}; raise {what}_max"
-                )
+                raise ValueError(f"{what}_median must be at most {what}_max, got {median} > {most}; raise {what}_max")
         return self
 
 
@@ -231,7 +227,7 @@ class Workload(Definition):
     @classmethod
     def from_trace(cls, rows: Iterable[tuple[float, int, int]], **fields: Any) -> Self:
         """A workload of recorded (arrival_s, prompt_tokens, output_tokens)."""
-        return cls(arrivals=Trace(rows=tuple(tuple(row) for row in rows)), **fields)  # type: ignore[misc]
+        return cls(arrivals=Trace(rows=tuple(tuple(row) for row in rows)), **fields)
 
     @model_validator(mode="after")
     def _is_complete(self) -> Self:
@@ -318,9 +314,7 @@ class Profile(Definition):
         longest = find_model(self.model).max_position
         asked = self.engine_args.max_model_len
         if asked is not None and asked > longest:
-            raise ValueError(
-                f"engine_args.max_model_len must be at most {longest} for {self.model}, got {asked}"
-            )
+            raise ValueError(f"engine_args.max_model_len must be at most {longest} for {self.model}, got {asked}")
         return self
 
     @property
@@ -347,9 +341,9 @@ def require_servable(workload: Workload, profile: Profile) -> None:
             f"(prompt and output), {profile.model} serves {profile.max_model_len}; shorten the shape or raise "
             "engine_args.max_model_len"
         )
-    if workload.shared_prefix_tokens and isinstance(workload.shape, Shape):
-        if workload.shared_prefix_tokens >= workload.shape.prompt_tokens:
-            raise ValueError(
-                f"shared_prefix_tokens must be below prompt_tokens, got {workload.shared_prefix_tokens} of "
-                f"{workload.shape.prompt_tokens}: an empty remainder would make all prompts equal"
-            )
+    shape = workload.shape
+    if isinstance(shape, Shape) and workload.shared_prefix_tokens >= shape.prompt_tokens:
+        raise ValueError(
+            f"shared_prefix_tokens must be below prompt_tokens, got {workload.shared_prefix_tokens} of "
+            f"{shape.prompt_tokens}: an empty remainder would make all prompts equal"
+        )

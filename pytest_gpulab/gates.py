@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
-    from pytest_gpulab.evidence import Measurement
     from pytest_gpulab.knee import Knee
+    from pytest_gpulab.measurement import Measurement
 
 Outcome = Literal["held", "false", "undecided"]
 Role = Literal["gate", "caveat", "requires"]
@@ -105,9 +105,22 @@ def collecting(ledger: Ledger) -> Iterator[Ledger]:
 
 def evidence_of(ledger: Ledger) -> dict[str, Any]:
     """Gates and measurements of `ledger` in builtin types, fit for a test report that crosses processes."""
-    from pytest_gpulab.evidence import summarize
+    from pytest_gpulab.measurement import summarize
 
     return {
         "gates": [gate.model_dump(mode="json") for gate in ledger.gates],
         "runs": [summarize(measurement).model_dump(mode="json") for measurement in ledger.measurements],
     }
+
+
+class Blocked(Exception):
+    """The question cannot be asked here (capacity, quota, a missing artifact): no evidence either way."""
+
+
+class TargetRefused(Blocked):
+    """The target cannot serve this profile."""
+
+
+def blocked(reason: str) -> NoReturn:
+    """End the test with the verdict blocked."""
+    raise Blocked(reason)

@@ -83,7 +83,8 @@ def finish_all(scheduler: Scheduler) -> list[str]:
     """Steps with as many in flight as allowed until nothing is left. Returns ids in finishing order."""
     in_flight, finished = [], []
     while scheduler.has_unfinished or in_flight:
-        in_flight.append(scheduler.schedule())
+        if scheduler.has_unfinished:
+            in_flight.append(scheduler.schedule())
         if len(in_flight) == scheduler.config.max_in_flight or not scheduler.has_unfinished:
             finished += ids(scheduler.update(in_flight.pop(0)))
     return finished
@@ -436,7 +437,7 @@ class AnyTraffic(RuleBasedStateMachine):
             return
         steps = 0
         while self.scheduler.has_unfinished or self.in_flight:
-            if len(self.in_flight) < self.config.max_in_flight:
+            if self.scheduler.has_unfinished and len(self.in_flight) < self.config.max_in_flight:
                 self.schedule()
             if len(self.in_flight) == self.config.max_in_flight or not self.scheduler.has_unfinished:
                 self.update()

@@ -283,7 +283,7 @@ class Scheduler:
         return budget
 
     def _schedule_waiting(self, batch: Batch, budget: int, chunk_limit: int) -> None:
-        """Admit from the head of the queue until something runs out; a head that does not fit blocks the rest."""
+        """Admit from the head of the queue until something runs out. A head that does not fit holds up all."""
         waiting, running = self.waiting, self.running
         set_aside: list[Request] = []
         while waiting and budget > 0 and len(running) < self.config.max_num_seqs:

@@ -1,0 +1,90 @@
+"""Figures of a Run: percentiles, rates and costs, each a pure function from one Run to one number.
+
+Latencies count from the scheduled time and cover every offered request: an undelivered one is infinite. They
+describe this workload, not a stationary state.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pytest_gpulab.run import Run
+
+Interval = Literal["e2e", "ttft", "tpot", "service"]
+
+SAMPLE_FLOOR = {90: 64, 95: 130, 99: 662}
+"""Requests a run must offer before a high percentile of it means anything: below, a distribution-free interval
+of the percentile has no finite upper end worth the name."""
+
+
+def latencies(run: Run, interval: Interval) -> NDArray[np.float64]:
+    """Seconds of `interval` for every offered request, inf where it was not delivered.
+
+    e2e: last token - scheduled. ttft: first token - scheduled. service: last token - sent. tpot: (last - first
+    token) / (output tokens - 1); requests of one token have none and are left out.
+    """
+    table = run.requests
+    if interval == "tpot":
+        table = table[(table["output_tokens"] > 1) | ~table["ok"]]
+        seconds = (table["last_token"] - table["first_token"]) / np.maximum(table["output_tokens"] - 1, 1)
+    else:
+        end = "first_token" if interval == "ttft" else "last_token"
+        start = "sent" if interval == "service" else "scheduled"
+        seconds = table[end] - table[start]
+    return np.where(table["ok"], seconds, np.inf)
+
+
+def percentile(values: NDArray[np.float64], percent: float) -> float:
+    """The nearest-rank percentile: the smallest value that `percent` % of all values do not exceed."""
+    if not len(values):
+        raise ValueError("a percentile needs at least one request, the run offered none; raise the rate or duration")
+    rank = max(int(np.ceil(percent / 100 * len(values))) - 1, 0)
+    return float(np.partition(values, rank)[rank])
+
+
+def delivery_ratio(run: Run) -> float:
+    """Requests answered in full / requests offered by the schedule."""
+    return float(run.requests["ok"].mean()) if len(run.requests) else float("nan")
+
+
+def request_rate(run: Run) -> float:
+    """Delivered requests per second of the run's wall time."""
+    return float(run.requests["ok"].sum()) / run.duration_s
+
+
+def output_tokens_per_s(run: Run) -> float:
+    """Output tokens of delivered requests per second of the run's wall time."""
+    return float(run.requests["output_tokens"][run.requests["ok"]].sum()) / run.duration_s
+
+
+def useful_requests(run: Run, slo: dict[Interval, float]) -> int:
+    """How many requests met every limit of `slo` (seconds); undelivered ones never do."""
+    good = run.requests["ok"].copy()
+    for interval, limit_s in slo.items():
+        table = run.requests
+        if interval == "tpot":
+            seconds = (table["last_token"] - table["first_token"]) / np.maximum(table["output_tokens"] - 1, 1)
+        else:
+            seconds = latencies(run, interval)
+        good &= seconds <= limit_s
+    return int(good.sum())
+
+
+def mean_queue_delay(run: Run) -> float:
+    """Seconds from QUEUED to first SCHEDULED in the server, mean over requests, from vLLM's own sum and count."""
+    count = run.totals.get("request_queue_time_seconds_count", 0)
+    return run.totals["request_queue_time_seconds_sum"] / count if count else 0.0
+
+
+def highest(run: Run, gauge: str) -> float:
+    """The highest sample of a server gauge; 0 where none was taken."""
+    return float(run.server[gauge].max()) if len(run.server) else 0.0
+
+
+def cost_per_useful_request(run: Run, price_usd_per_hour: float, slo: dict[Interval, float]) -> float:
+    """USD of the accelerator's wall time per request that met the limits; inf when none did."""
+    good = useful_requests(run, slo)
+    return price_usd_per_hour * run.duration_s / 3600 / good if good else float("inf")

@@ -1,0 +1,148 @@
+"""The knee: the highest rate at which a profile is still stable, bracketed by a search with repeats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from pytest_gpulab.evidence import Claim, Decided, figure_text, number_text
+from pytest_gpulab.gates import Figure, Outcome, current_ledger
+from pytest_gpulab.measurement import Measurement
+
+UNIT = "requests/s"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One rate that was tried: what the stability claim came to, and the measurement."""
+
+    rate: float
+    outcome: Outcome
+    reason: str
+    measurement: Measurement
+
+
+@dataclass(frozen=True, eq=False)
+class Knee:
+    """A bracket around the knee in requests/s: stable at `stable_rate`, not at `unstable_rate`.
+
+    0 when even the lowest rate was not stable, inf when the highest was. Comparing a knee makes a claim: it holds
+    when the whole bracket (widened by the calibration's error) does, is false when none of it does.
+    """
+
+    stable_rate: float
+    unstable_rate: float
+    points: tuple[Point, ...]
+    scale: float = 1.0
+
+    @property
+    def figure(self) -> Figure:
+        """The bracket as a figure, ends widened by the calibration's relative error; the value is its middle."""
+        error = max(point.measurement.run(0).provenance.relative_error for point in self.points)
+        finite = self.unstable_rate if math.isfinite(self.unstable_rate) else self.stable_rate
+        return Figure(
+            label="knee" if self.scale == 1 else f"{self.scale:g} x knee",
+            value=self.scale * math.sqrt(self.stable_rate * finite),
+            low=self.scale * self.stable_rate * (1 - error),
+            high=self.scale * self.unstable_rate * (1 + error),
+            n=len(self.points),
+            unit=UNIT,
+        )
+
+    def __rmul__(self, factor: float) -> Knee:
+        return replace(self, scale=self.scale * factor)
+
+    __mul__ = __rmul__
+
+    def __ge__(self, other: Knee | float) -> KneeClaim:
+        return KneeClaim(self, ">=", other)
+
+    def __le__(self, other: Knee | float) -> KneeClaim:
+        return KneeClaim(self, "<=", other)
+
+    __gt__, __lt__ = __ge__, __le__
+
+
+class KneeClaim(Claim):
+    """A bracket against a rate or against another bracket."""
+
+    def __init__(self, left: Knee, operator: str, right: Knee | float) -> None:
+        self.left, self.operator, self.right = left, operator, right
+
+    @property
+    def text(self) -> str:
+        right = "knee" if isinstance(self.right, Knee) else number_text(self.right, UNIT)
+        return f"knee {self.operator} {right}"
+
+    @property
+    def sources(self) -> tuple[Measurement, ...]:
+        knees = [self.left, *([self.right] if isinstance(self.right, Knee) else [])]
+        return tuple(point.measurement for knee in knees for point in knee.points)
+
+    def decide(self, alternatives: int = 1) -> Decided:
+        """Compare the brackets; the repeats were spent in the search, so `alternatives` changes nothing."""
+        left = self.left.figure
+        if isinstance(self.right, Knee):
+            right = self.right.figure
+        else:
+            rate = float(self.right)
+            right = Figure(label="constant", value=rate, low=rate, high=rate, n=0, unit=UNIT)
+        least, most = (right, left) if self.operator == ">=" else (left, right)
+        outcome: Outcome = "undecided"
+        if most.low >= least.high:
+            outcome = "held"
+        elif most.high < least.low:
+            outcome = "false"
+        reason = f"{left.label} {figure_text(left)} against {figure_text(right)}: {outcome} by the bracket"
+        return Decided(outcome, reason, left, self.operator, right)
+
+
+def find_knee(
+    arm: Callable[[float], Measurement],
+    *,
+    low: float,
+    high: float,
+    stable: Callable[[Measurement], Claim],
+    resolution: float = 0.1,
+) -> Knee:
+    """Bisect the rate between `low` and `high` requests/s until the bracket is `resolution` wide (0.1 = 10 %).
+
+    `arm` measures at a rate; `stable` claims that a measurement is stable, e.g. ``lambda m: m.queue_delay <= 1``.
+    An undecided rate ends the search: the bracket then stays as wide as it is. ValueError for an impossible range.
+    """
+    if not 0 < low < high < math.inf:
+        raise ValueError(f"a knee search needs 0 < low < high requests/s, got low={low} and high={high}")
+    if not 0 < resolution < 1:
+        raise ValueError(f"resolution must be between 0 and 1 (0.1 = 10 %), got {resolution}")
+    points: list[Point] = []
+
+    def outcome(rate: float) -> Outcome:
+        measurement = arm(rate)
+        decided = stable(measurement).decide()
+        points.append(Point(rate, decided.outcome, decided.reason, measurement))
+        return decided.outcome
+
+    knee = _bracket(outcome, low, high, resolution)
+    found = Knee(*knee, points=tuple(sorted(points, key=lambda point: point.rate)))
+    ledger = current_ledger()
+    if ledger is not None:
+        ledger.knees.append(found)
+    return found
+
+
+def _bracket(outcome: Callable[[float], Outcome], low: float, high: float, resolution: float) -> tuple[float, float]:
+    """(highest stable rate, lowest unstable rate); an undecided rate ends the search with the bracket around it."""
+    at_low = outcome(low)
+    if at_low != "held":
+        return 0.0, (low if at_low == "false" else math.inf)
+    at_high = outcome(high)
+    if at_high != "false":
+        return (high, math.inf) if at_high == "held" else (low, math.inf)
+    while high / low > 1 + resolution:
+        middle = math.sqrt(low * high)
+        found = outcome(middle)
+        if found == "undecided":
+            break
+        low, high = (middle, high) if found == "held" else (low, middle)
+    return low, high

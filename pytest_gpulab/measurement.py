@@ -1,0 +1,284 @@
+"""Measurements: the arms of an experiment, whose figures are Estimates over repeats."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pytest_gpulab import figures
+from pytest_gpulab.evidence import Estimate
+from pytest_gpulab.experiment import Direct, Profile, Workload
+from pytest_gpulab.record import RunSummary
+from pytest_gpulab.run import Run
+
+if TYPE_CHECKING:
+    from pytest_gpulab.lab import Lab
+
+
+class Measurement:
+    """One arm of an experiment: a workload on a profile, repeated as often as the gates need.
+
+    Its figures are `Estimate`s: seconds for latencies, requests/s and tokens/s for rates, fractions for ratios.
+    """
+
+    def __init__(self, lab: Lab, workload: Workload, profile: Profile, label: str | None) -> None:
+        self._lab = lab
+        self.workload = workload
+        self.profile = profile
+        self.label = label or describe(workload, profile)
+        both = f"{workload.definition_hash}-{profile.definition_hash}"
+        self.id = hashlib.sha256(both.encode()).hexdigest()[:12]
+        self.pulled = 0
+
+    def __repr__(self) -> str:
+        return f"<Measurement {self.label}>"
+
+    def run(self, repeat: int) -> Run:
+        """The Run of repeat `repeat`, counted from 0; executes it when it has not run yet."""
+        self.pulled = max(self.pulled, repeat + 1)
+        return self._lab.run(self, repeat)
+
+    @property
+    def runs(self) -> list[Run]:
+        """The Runs that gates have pulled so far."""
+        return [self.run(repeat) for repeat in range(self.pulled)]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds of the repeats pulled so far."""
+        return tuple(range(self._lab.first_seed, self._lab.first_seed + self.pulled))
+
+    @property
+    def max_repeats(self) -> int:
+        """The most repeats a gate may pull."""
+        return self._lab.max_repeats
+
+    @property
+    def e2e(self) -> Latency:
+        """Seconds from the scheduled time to the last token."""
+        return Latency(self, "e2e")
+
+    @property
+    def ttft(self) -> Latency:
+        """Seconds from the scheduled time to the first token."""
+        return Latency(self, "ttft")
+
+    @property
+    def tpot(self) -> Latency:
+        """Seconds per output token after the first."""
+        return Latency(self, "tpot")
+
+    @property
+    def service(self) -> Latency:
+        """Seconds from sending to the last token: without what the client itself made wait."""
+        return Latency(self, "service")
+
+    @property
+    def p50(self) -> Estimate:
+        """Median E2E latency, s."""
+        return self.e2e.p50
+
+    @property
+    def p95(self) -> Estimate:
+        """95th percentile of the E2E latency, s."""
+        return self.e2e.p95
+
+    @property
+    def p99(self) -> Estimate:
+        """99th percentile of the E2E latency, s."""
+        return self.e2e.p99
+
+    @property
+    def delivery_ratio(self) -> Estimate:
+        """Requests answered in full / requests offered."""
+        return self.figure("delivery ratio", "ratio", figures.delivery_ratio, timed=False)
+
+    @property
+    def request_rate(self) -> Estimate:
+        """Delivered requests/s."""
+        return self.figure("request rate", "requests/s", figures.request_rate)
+
+    @property
+    def output_tokens_per_s(self) -> Estimate:
+        """Delivered output tokens/s."""
+        return self.figure("output rate", "tokens/s", figures.output_tokens_per_s)
+
+    @property
+    def queue_delay(self) -> Estimate:
+        """Mean seconds a request waited in the server before it was first scheduled."""
+        return self.figure("mean queue delay", "s", figures.mean_queue_delay)
+
+    @property
+    def peak_running(self) -> Estimate:
+        """Most requests running at once in the server's samples."""
+        return self._gauge("num_requests_running", "peak running", "requests")
+
+    @property
+    def peak_waiting(self) -> Estimate:
+        """Most requests waiting at once in the server's samples."""
+        return self._gauge("num_requests_waiting", "peak waiting", "requests")
+
+    @property
+    def peak_kv_cache_usage(self) -> Estimate:
+        """Highest used fraction of the KV cache."""
+        return self._gauge("kv_cache_usage", "peak KV cache usage", "ratio")
+
+    @property
+    def preemptions(self) -> Estimate:
+        """How often the server preempted a request."""
+        return self.figure(
+            "preemptions", "requests", lambda run: run.totals.get("num_preemptions_total", 0.0), timed=False
+        )
+
+    def goodput(
+        self, *, e2e_s: float | None = None, ttft_s: float | None = None, tpot_s: float | None = None
+    ) -> Estimate:
+        """Requests/s that met every given limit (seconds)."""
+        slo = _slo(e2e_s, ttft_s, tpot_s)
+        return self.figure(
+            f"goodput ({_slo_text(slo)})",
+            "requests/s",
+            lambda run: figures.useful_requests(run, slo) / run.duration_s,
+        )
+
+    def cost_per_useful_request(
+        self, *, e2e_s: float | None = None, ttft_s: float | None = None, tpot_s: float | None = None
+    ) -> Estimate:
+        """USD of accelerator time per request that met every given limit (seconds).
+
+        ValueError when neither the profile nor its accelerator has a price.
+        """
+        price = self.profile.price
+        if price is None:
+            raise ValueError(
+                f"a cost needs a price: {self.profile.accelerator} has none on record; give the profile "
+                "price_usd_per_hour"
+            )
+        slo = _slo(e2e_s, ttft_s, tpot_s)
+        return self.figure(
+            f"cost per useful request ({_slo_text(slo)})",
+            "USD",
+            lambda run: figures.cost_per_useful_request(run, price, slo),
+        )
+
+    def _gauge(self, gauge: str, label: str, unit: str) -> Estimate:
+        return self.figure(label, unit, lambda run: figures.highest(run, gauge), timed=False)
+
+    def figure(self, label: str, unit: str, of_run: Callable[[Run], float], *, timed: bool = True) -> Estimate:
+        return Estimate(
+            label=f"{label} of {self.label}",
+            unit=unit,
+            sources=(self,),
+            value_of=lambda repeat: of_run(self.run(repeat)),
+            error=self._relative_error if timed else lambda: 0.0,
+            servers=self._servers,
+        )
+
+    def _relative_error(self) -> float:
+        return self.run(0).provenance.relative_error
+
+    def _servers(self) -> frozenset[str]:
+        return frozenset({self.run(0).provenance.server})
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Percentiles of one interval of a measurement, as Estimates in seconds."""
+
+    measurement: Measurement
+    interval: figures.Interval
+
+    @property
+    def p50(self) -> Estimate:
+        """The median."""
+        return self.percentile(50)
+
+    @property
+    def p90(self) -> Estimate:
+        """The 90th percentile; needs 64 requests a run."""
+        return self.percentile(90)
+
+    @property
+    def p95(self) -> Estimate:
+        """The 95th percentile; needs 130 requests a run."""
+        return self.percentile(95)
+
+    @property
+    def p99(self) -> Estimate:
+        """The 99th percentile; needs 662 requests a run."""
+        return self.percentile(99)
+
+    def percentile(self, percent: int) -> Estimate:
+        """The nearest-rank percentile over all offered requests, undelivered ones infinite."""
+        estimate = self.measurement.figure(
+            f"p{percent} {self.interval}",
+            "s",
+            lambda run: figures.percentile(figures.latencies(run, self.interval), percent),
+        )
+        estimate.sample_floor = figures.SAMPLE_FLOOR.get(percent, 1)
+        return estimate
+
+
+def describe(workload: Workload, profile: Profile) -> str:
+    """A short name for an arm: its rate, and the engine arguments that differ from vLLM's defaults."""
+    arrivals = workload.arrivals
+    rate = getattr(arrivals, "rate", None)
+    parts = [f"{rate:g} req/s" if rate is not None else arrivals.kind]
+    if arrivals.kind == "closed-loop":
+        parts = [f"{arrivals.concurrency} users"]
+    parts += [f"{name}={value}" for name, value in profile.engine_args.model_dump(exclude_defaults=True).items()]
+    if not isinstance(workload.admission, Direct):
+        parts.append(workload.admission.kind)
+    return ", ".join(parts)
+
+
+def _slo(e2e_s: float | None, ttft_s: float | None, tpot_s: float | None) -> dict[figures.Interval, float]:
+    limits: dict[figures.Interval, float | None] = {"e2e": e2e_s, "ttft": ttft_s, "tpot": tpot_s}
+    given = {interval: limit for interval, limit in limits.items() if limit is not None}
+    if not given:
+        raise ValueError("a useful request needs a limit: give e2e_s, ttft_s or tpot_s in seconds, got none")
+    return given
+
+
+def _slo_text(slo: dict[figures.Interval, float]) -> str:
+    return ", ".join(f"{interval} <= {limit:g} s" for interval, limit in slo.items())
+
+
+def summarize(measurement: Measurement) -> RunSummary:
+    """The arm as it goes into the record: what ran, how often, and its figures over the repeats pulled."""
+    runs = measurement.runs or [measurement.run(0)]
+    provenance = runs[0].provenance
+    estimates = [
+        measurement.delivery_ratio,
+        measurement.request_rate,
+        measurement.output_tokens_per_s,
+        measurement.ttft.p50,
+        measurement.ttft.p95,
+        measurement.tpot.p50,
+        measurement.e2e.p50,
+        measurement.e2e.p95,
+        measurement.e2e.p99,
+        measurement.queue_delay,
+        measurement.peak_running,
+        measurement.peak_waiting,
+        measurement.peak_kv_cache_usage,
+        measurement.preemptions,
+    ]
+    suffix = f" of {measurement.label}"
+    return RunSummary(
+        id=measurement.id,
+        label=measurement.label,
+        target=provenance.target,
+        basis=provenance.basis,
+        server=provenance.server,
+        workload=measurement.workload.model_dump(mode="json", exclude_none=True),
+        profile=measurement.profile.model_dump(mode="json", exclude_none=True),
+        seeds=measurement.seeds,
+        figures=tuple(
+            figure.model_copy(update={"label": figure.label.removesuffix(suffix)})
+            for figure in (estimate.figure() for estimate in estimates)
+        ),
+        problems=tuple(dict.fromkeys(problem for run in runs for problem in run.problems)),
+    )

@@ -1,0 +1,248 @@
+"""The frame that every plot shares: title, basis tag, key column, and a small accessible SVG.
+
+Matplotlib draws into a `Figure` of its own, never into pyplot's global state, and is imported with the first
+plot. The SVG that comes out depends on the data alone: no dates, no random ids, nothing from the machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK = "#1f2328"
+QUIET = "#59636e"
+GRID = "#e4e7eb"
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#E69F00", "#222222", "#56B4E9", "#8C6D46")
+"""Colours of arms, told apart with any kind of colour vision (Okabe and Ito, darkened for white paper)."""
+
+LOG_FROM = 30
+"""An axis is logarithmic when its largest value is more than so many times its smallest."""
+
+_WIDTH_IN = 7.4
+_LEFT_IN, _KEY_IN, _TOP_IN, _BOTTOM_IN = 0.62, 2.62, 0.62, 0.5
+_ENTRY_IN, _LINE_IN = 0.17, 0.145
+_KEY_CHARACTERS = 38
+_FONTS = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "gpulab",
+    "font.family": "DejaVu Sans",  # always there and wide: what fits in it fits in the reader's font
+    "font.size": 8,
+    "text.color": INK,
+    "axes.edgecolor": "#8c959f",
+    "axes.labelcolor": QUIET,
+    "axes.labelsize": 8,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": False,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "lines.linewidth": 1.6,
+    "lines.solid_joinstyle": "round",
+}
+
+
+def colour(index: int) -> str:
+    """The colour of the arm at position `index` of an experiment: the same one in every plot."""
+    return PALETTE[index % len(PALETTE)]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the key: what is drawn, and its figures in small print below."""
+
+    label: str
+    detail: str = ""
+    colour: str = INK
+    marker: str = ""
+    """A matplotlib marker, or empty for a line."""
+    dashed: bool = False
+    hollow: bool = False
+
+    @property
+    def lines(self) -> list[str]:
+        """The label, wrapped to the key's width, at most three lines."""
+        return textwrap.wrap(self.label, _KEY_CHARACTERS, max_lines=3, placeholder=" …") or [""]
+
+    @property
+    def details(self) -> list[str]:
+        """The small print, wrapped to the key's width."""
+        return textwrap.wrap(self.detail, _KEY_CHARACTERS + 6)
+
+    @property
+    def height_in(self) -> float:
+        """Inches that the entry takes, with the gap to the next."""
+        return _ENTRY_IN * len(self.lines) + _LINE_IN * len(self.details) + 0.09
+
+
+class Canvas:
+    """A figure of one or more panels above each other, with its title on top and its key at the right."""
+
+    def __init__(self, title: str, subtitle: str, basis: str, key: Sequence[Entry], panels: int = 1) -> None:
+        from matplotlib.figure import Figure
+
+        self.title, self.subtitle, self.basis = title, subtitle, basis
+        key_in = sum(entry.height_in for entry in key)
+        self.height_in = _TOP_IN + _BOTTOM_IN + max(2.15 if panels == 1 else 1.25 * panels + 0.1, key_in)
+        self.figure: Figure = Figure(figsize=(_WIDTH_IN, self.height_in))
+        self.panels = [self._add_panel(number, panels) for number in range(panels)]
+        self._write_head()
+        self._write_key(key)
+
+    def _add_panel(self, number: int, panels: int) -> Axes:
+        """Panel `number` from the top, all sharing the x axis, which only the last one labels."""
+        gap_in = 0.16
+        height_in = (self.height_in - _TOP_IN - _BOTTOM_IN - gap_in * (panels - 1)) / panels
+        bottom_in = _BOTTOM_IN + (panels - 1 - number) * (height_in + gap_in)
+        axes = self.figure.add_axes(
+            (
+                _LEFT_IN / _WIDTH_IN,
+                bottom_in / self.height_in,
+                (_WIDTH_IN - _LEFT_IN - _KEY_IN) / _WIDTH_IN,
+                height_in / self.height_in,
+            )
+        )
+        axes.grid(True, color=GRID, linewidth=0.7)
+        axes.tick_params(length=0, pad=4)
+        if number < panels - 1:
+            axes.tick_params(labelbottom=False)
+        return axes
+
+    def _at(self, x_in: float, from_top_in: float) -> tuple[float, float]:
+        return x_in / _WIDTH_IN, 1 - from_top_in / self.height_in
+
+    def _write_head(self) -> None:
+        self.figure.text(*self._at(0.08, 0.2), self.title, size=10, weight="bold", va="center")
+        self.figure.text(*self._at(0.08, 0.41), self.subtitle, size=8, color=QUIET, va="center")
+        frame = {"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": QUIET, "linewidth": 0.8}
+        self.figure.text(
+            *self._at(_WIDTH_IN - 0.12, 0.2), self.basis, size=8, color=QUIET, ha="right", va="center", bbox=frame
+        )
+
+    def _write_key(self, key: Iterable[Entry]) -> None:
+        from matplotlib.lines import Line2D
+
+        x_in, top_in = _WIDTH_IN - _KEY_IN + 0.2, _TOP_IN + 0.06
+        for entry in key:
+            (x0, y), (x1, _) = self._at(x_in, top_in), self._at(x_in + 0.22, top_in)
+            sample = Line2D([x0, x1], [y, y], color=entry.colour, transform=self.figure.transFigure)
+            if entry.marker:
+                sample.set(xdata=[(x0 + x1) / 2], ydata=[y], marker=entry.marker, markersize=6, linestyle="")
+                sample.set_markerfacecolor("white" if entry.hollow else entry.colour)
+            elif entry.dashed:
+                sample.set_linestyle((0, (3, 2)))
+            self.figure.add_artist(sample)
+            line_in = top_in
+            for text in entry.lines:
+                self.figure.text(*self._at(x_in + 0.3, line_in), text, size=8, va="center")
+                line_in += _ENTRY_IN
+            for text in entry.details:
+                self.figure.text(*self._at(x_in + 0.3, line_in), text, size=7, color=QUIET, va="center")
+                line_in += _LINE_IN
+            top_in += entry.height_in
+
+    def svg(self, key: str, description: str) -> str:
+        """The finished drawing as an ``<svg>`` element.
+
+        `key` tells apart equal plots on one page; `description` is what a screen reader says.
+        """
+        buffer = io.StringIO()
+        self.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        title = f"{self.title} ({self.basis})"
+        return _inline(buffer.getvalue(), key, title, description)
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """The plots' style holds inside; matplotlib's own settings are back afterwards."""
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def scale(axis: Any, values: Iterable[float]) -> None:
+    """Give matplotlib's `axis` (x or y) a logarithmic scale where `values` span more than LOG_FROM times."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    positive = [value for value in values if 0 < value < float("inf")]
+    low, high = (min(positive), max(positive)) if positive else (1.0, 1.0)
+    if high / low > LOG_FROM:
+        axis._set_axes_scale("log")
+        axis.set_major_locator(LogLocator(subs=(1.0, 3.0) if high / low < 1000 else (1.0,)))
+        axis.set_minor_locator(NullLocator())
+    else:
+        axis.set_major_locator(MaxNLocator(6))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+
+
+def number(value: float) -> str:
+    """`value` with three significant digits as people write it: 0.00123, 1.2, 1,230; ∞ when infinite."""
+    if value != value:
+        return "–"
+    if value in (float("inf"), float("-inf")):
+        return "∞" if value > 0 else "-∞"
+    if value == 0:
+        return "0"
+    if abs(value) >= 999.5:
+        return f"{value:,.0f}"
+    text = f"{value:.3g}"
+    return text if "e" not in text else f"{value:.2e}"
+
+
+_NUMBER = re.compile(r"-?\d+\.\d{2,}")
+_GEOMETRY = re.compile(r'\b(?:d|x|y|width|height|transform|points|viewBox)="[^"]*"')
+_ID = re.compile(r'\s*\bid="([^"]*)"')
+_REFERENCE = re.compile(r'url\(#([^)]+)\)|href="#([^"]+)"')
+
+
+def _inline(svg: str, key: str, title: str, description: str) -> str:
+    """Matplotlib's SVG document as a small element for a page: own ids, rounded numbers, a title."""
+    body = svg[svg.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", body, flags=re.DOTALL)
+    body = re.sub(r"(?:'DejaVu Sans'|DejaVu Sans)(?:, sans-serif)?", _FONTS, body)
+    body = _GEOMETRY.sub(lambda m: _NUMBER.sub(lambda n: f"{float(n.group()):.1f}", m.group()), body)
+    body = re.sub(r"\s*\n\s*", "\n", body)
+    prefix = "g" + hashlib.sha256((key + title + body).encode()).hexdigest()[:10]
+    body = _own_ids(body, prefix)
+    _, _, rest = body.partition(">")
+    view = re.search(r'viewBox="([^"]*)"', body)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'class="gpulab-plot" viewBox="{view.group(1) if view else ""}" role="img" '
+        f'aria-labelledby="{prefix}-t {prefix}-d">\n'
+        f'<title id="{prefix}-t">{escape(title)}</title>\n<desc id="{prefix}-d">{escape(description)}</desc>'
+        f"{rest}"
+    ).strip()
+
+
+def _own_ids(body: str, prefix: str) -> str:
+    """Drop ids that nothing refers to and number the others, so that no two plots on a page share one."""
+    used = {first or second for first, second in _REFERENCE.findall(body)}
+    names: dict[str, str] = {}
+    for name in _ID.findall(body):
+        if name in used:
+            names.setdefault(name, f"{prefix}-{len(names)}")
+    body = _ID.sub(lambda m: f' id="{names[m.group(1)]}"' if m.group(1) in names else "", body)
+
+    def refer(match: re.Match[str]) -> str:
+        return f"url(#{names[match[1]]})" if match[1] else f'href="#{names[match[2]]}"'
+
+    return _REFERENCE.sub(refer, body)

@@ -1,0 +1,374 @@
+"""The plots people look for, as functions from data to an inline SVG.
+
+Percentiles and curves are over all offered requests: a request that was never delivered keeps its arm's curve
+below 1 instead of leaving it. Every plot says its basis in the corner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pytest_gpulab.gates import Figure, Outcome
+from pytest_gpulab.report.canvas import QUIET, Canvas, Entry, colour, drawing, number, scale
+from pytest_gpulab.run import Run
+
+MOST_ARMS = 8
+"""More curves than that are not told apart; the arm table has them all."""
+
+_CURVE_POINTS = 1800
+"""Points that all curves of one plot share: keeps an SVG below 60 KB."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One option of an experiment and its first run. `index` is its place among all arms: its colour."""
+
+    label: str
+    run: Run
+    index: int
+
+
+@dataclass(frozen=True)
+class RatePoint:
+    """A rate that a knee search tried (requests/s), its p95 end to end latency (s), and if it was stable."""
+
+    rate: float
+    p95: Figure
+    stable: Outcome
+
+
+@dataclass(frozen=True)
+class CostPoint:
+    """An arm's USD per useful request and its p95 end to end latency (s)."""
+
+    label: str
+    usd: Figure
+    p95: Figure
+    index: int
+
+
+# --- rate against p95 -----------------------------------------------------------------------------------
+
+_STABILITY: dict[Outcome, tuple[str, str, str]] = {
+    "held": ("stable", "#0072B2", "o"),
+    "false": ("unstable", "#D55E00", "X"),
+    "undecided": ("undecided", QUIET, "D"),
+}
+_BAND = "#f6d8c3"
+
+
+def rate_vs_p95(
+    points: Sequence[RatePoint],
+    knee: tuple[float | None, float | None],
+    *,
+    basis: str,
+    key: str = "",
+    title: str = "Where the latency knee is",
+) -> str:
+    """p95 end to end latency over the request rate, with `knee`, the last stable and first unstable rate."""
+    points = sorted(points, key=lambda point: point.rate)
+    verdict = _knee_text(*knee)
+    with drawing():
+        canvas = Canvas(title, verdict, basis, _stability_key(points, knee))
+        axes = canvas.panels[0]
+        ceiling = _ceiling([bound for point in points for bound in _bounds(point.p95)])
+        scale(axes.yaxis, [point.p95.value for point in points])
+        _mark_knee(axes, *knee)
+        known = [point for point in points if np.isfinite(point.p95.value)]
+        axes.plot([p.rate for p in known], [p.p95.value for p in known], color="#b6bdc5", linewidth=1.2)
+        for point in points:
+            _, shade, marker = _STABILITY[point.stable]
+            _interval(axes, "y", point.rate, point.p95, ceiling, shade)
+            _dot(axes, point.rate, min(point.p95.value, ceiling), shade, marker, point.stable == "undecided")
+            if not np.isfinite(point.p95.value):
+                axes.annotate("∞", (point.rate, ceiling), (0, 6), textcoords="offset points", ha="center")
+        _limit(axes.yaxis, axes.set_ylim, [b for p in points for b in _bounds(p.p95)], ceiling)
+        axes.margins(x=0.06)
+        axes.set_xlabel("offered rate (requests/s)")
+        axes.set_ylabel("p95 end to end (s)")
+        text = "; ".join(f"{number(p.rate)} requests/s: {_figure(p.p95)}, {_STABILITY[p.stable][0]}" for p in points)
+        return canvas.svg(key, f"{verdict}. p95 end to end latency by rate: {text}.")
+
+
+def _knee_text(stable: float | None, unstable: float | None) -> str:
+    if stable is not None and unstable is not None:
+        return f"knee between {number(stable)} and {number(unstable)} requests/s"
+    if stable is not None:
+        return f"stable up to {number(stable)} requests/s; no unstable rate found"
+    if unstable is not None:
+        return f"unstable from {number(unstable)} requests/s on; no stable rate found"
+    return "no rate could be decided"
+
+
+def _stability_key(points: Sequence[RatePoint], knee: tuple[float | None, float | None]) -> list[Entry]:
+    entries = []
+    for outcome, (word, shade, marker) in _STABILITY.items():
+        rates = [number(point.rate) for point in points if point.stable == outcome]
+        if rates:
+            detail = ", ".join(rates) + " requests/s"
+            entries.append(Entry(word, detail, shade, marker, hollow=outcome == "undecided"))
+    if None not in knee:
+        entries.append(Entry("knee", "the shaded rates", _BAND, "s"))
+    bars = "bars: interval over the repeats"
+    if any(not np.isfinite(point.p95.value) for point in points):
+        bars += "; ∞: more than 5 % were never delivered"
+    return [*entries, Entry("", bars, "none")]
+
+
+def _mark_knee(axes: Any, stable: float | None, unstable: float | None) -> None:
+    if stable is not None and unstable is not None:
+        axes.axvspan(stable, unstable, color=_BAND, linewidth=0, zorder=0, gid="knee")
+        return
+    for rate in (stable, unstable):
+        if rate is not None:
+            axes.axvline(rate, color=_BAND, linewidth=3, zorder=0)
+
+
+# --- latency distribution -------------------------------------------------------------------------------
+
+
+def latency_cdf(
+    arms: Sequence[Arm], *, basis: str, key: str = "", title: str = "Latency of all offered requests"
+) -> str:
+    """Share of offered requests answered within a time, per arm: end to end solid, first token dashed."""
+    shown = arms[:MOST_ARMS]
+    curves = [(arm, _latency(arm.run, "last_token"), _latency(arm.run, "first_token")) for arm in shown]
+    entries = [Entry(arm.label, _latency_text(total), colour(arm.index)) for arm, total, _ in curves]
+    with drawing():
+        canvas = Canvas(title, "solid: end to end, dashed: first token", basis, _with_rest(entries, arms))
+        axes = canvas.panels[0]
+        finite = np.concatenate([part[np.isfinite(part)] for _, *parts in curves for part in parts] or [[]])
+        scale(axes.xaxis, _typical(finite))
+        right = _right_edge(axes, finite)
+        most = max(20, _CURVE_POINTS // (4 * max(1, len(curves))))
+        for arm, total, first in curves:
+            _cdf(axes, first, right, most, color=colour(arm.index), linestyle=(0, (3, 2)), linewidth=1.1)
+            _cdf(axes, total, right, most, color=colour(arm.index))
+        axes.set_ylim(0, 1.03)
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
+        axes.set_xlabel("time since the request was due (s)")
+        axes.set_ylabel("share of offered requests")
+        text = "; ".join(f"{arm.label}: {_latency_text(total)}" for arm, total, _ in curves)
+        return canvas.svg(key, f"Cumulative latency. {text}.")
+
+
+def _latency(run: Run, column: str) -> NDArray[Any]:
+    """Seconds from the scheduled time to `column`, sorted, one per offered request; undelivered: infinite."""
+    seconds = run.requests[column] - run.requests["scheduled"]
+    return np.sort(np.where(run.requests["ok"] & np.isfinite(seconds), seconds, np.inf))
+
+
+def _latency_text(total: NDArray[Any]) -> str:
+    if not total.size:
+        return "no request offered"
+    p50, p95 = np.percentile(total, (50, 95), method="inverted_cdf")
+    return f"p50 {number(p50)} s, p95 {number(p95)} s, {_share(float(np.isfinite(total).mean()))} delivered"
+
+
+def _share(value: float) -> str:
+    """Per cent, never rounded up to 100."""
+    if value == 1:
+        return "100 %"
+    return f"{min(value, 0.9999):.2%}".replace("%", " %") if value > 0.99 else f"{value:.1%}".replace("%", " %")
+
+
+def _typical(values: NDArray[Any]) -> NDArray[Any]:
+    """`values` without the fastest and slowest hundredth: outliers do not choose the axis."""
+    return np.quantile(values, (0.01, 0.99)) if values.size else values
+
+
+def _right_edge(axes: Any, finite: NDArray[Any]) -> float:
+    """Set the time axis and return its end (s)."""
+    last = float(finite.max()) if finite.size else 1.0
+    if axes.get_xscale() == "log":
+        positive = finite[finite > 0]
+        right = last * 1.25
+        axes.set_xlim(max(float(np.quantile(positive, 0.002)), last / 1e5) / 1.25, right)
+    else:
+        right = last * 1.06
+        axes.set_xlim(0, right)
+    return right
+
+
+def _cdf(axes: Any, seconds: NDArray[Any], right: float, most: int, **style: Any) -> None:
+    """One curve of at most `most` steps. What was never delivered is the gap between its end and 100 %."""
+    delivered = seconds[np.isfinite(seconds)]
+    if not delivered.size:
+        axes.plot([0, right], [0, 0], **style)
+        return
+    ranks = np.unique(np.linspace(0, delivered.size - 1, most).round().astype(int))
+    heights = (ranks + 1) / seconds.size
+    x = np.concatenate(([delivered[0]], delivered[ranks], [right]))
+    y = np.concatenate(([0.0], heights, [heights[-1]]))
+    axes.plot(x, y, drawstyle="steps-post", **style)
+
+
+# --- queue depth ----------------------------------------------------------------------------------------
+
+
+def queue_depth(
+    arms: Sequence[Arm], *, basis: str, key: str = "", title: str = "Queue on the server over time"
+) -> str:
+    """Requests waiting and running in the engine over time, per arm, from the server's own metrics."""
+    with_metrics = [arm for arm in arms if arm.run.server.size]
+    shown = with_metrics[:MOST_ARMS]
+    entries = [Entry(arm.label, _depth_text(arm.run), colour(arm.index)) for arm in shown]
+    if len(with_metrics) < len(arms):
+        entries.append(Entry("", f"{len(arms) - len(with_metrics)} without server metrics", "none"))
+    with drawing():
+        canvas = Canvas(
+            title, "waiting above, running below", basis, _with_rest(entries, with_metrics), panels=2
+        )
+        most = max(20, _CURVE_POINTS // (4 * max(1, len(shown))))
+        for axes, column in zip(canvas.panels, ("num_requests_waiting", "num_requests_running"), strict=True):
+            for arm in shown:
+                time, depth = _decimate(arm.run.server["time"], arm.run.server[column], most)
+                axes.plot(time, depth, drawstyle="steps-post", color=colour(arm.index), linewidth=1.3)
+            scale(axes.yaxis, [])
+            axes.set_ylabel(column.removeprefix("num_requests_") + " (requests)")
+            axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
+            axes.set_xlim(0, max((float(arm.run.server["time"][-1]) for arm in shown), default=1.0) or 1.0)
+        canvas.panels[-1].set_xlabel("time since the run's start (s)")
+        text = "; ".join(f"{arm.label}: {_depth_text(arm.run)}" for arm in shown)
+        return canvas.svg(key, f"Requests waiting and running over time. {text}.")
+
+
+def _depth_text(run: Run) -> str:
+    return (
+        f"at most {run.server['num_requests_waiting'].max()} waiting, "
+        f"{run.server['num_requests_running'].max()} running"
+    )
+
+
+def _decimate(time: NDArray[Any], depth: NDArray[Any], most: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """At most `most` samples that keep the lowest and highest of every stretch, so no peak is lost."""
+    if time.size <= most:
+        return time, depth
+    keep = {0, time.size - 1}
+    for stretch in np.array_split(np.arange(time.size), max(1, (most - 2) // 2)):
+        keep |= {int(stretch[depth[stretch].argmin()]), int(stretch[depth[stretch].argmax()])}
+    index = np.array(sorted(keep))
+    return time[index], depth[index]
+
+
+# --- cost against latency -------------------------------------------------------------------------------
+
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+
+
+def cost_vs_latency(
+    points: Sequence[CostPoint],
+    *,
+    basis: str,
+    slo_s: float | None = None,
+    key: str = "",
+    title: str = "Cost against latency",
+) -> str:
+    """USD per 1,000 useful requests over p95 end to end latency; `slo_s` is the p95 that was promised (s)."""
+    shown = points[:MOST_ARMS]
+    entries = [
+        Entry(p.label, f"USD {number(1000 * p.usd.value)} per 1,000, p95 {_figure(p.p95)}", colour(p.index), _shape(p))
+        for p in shown
+    ]
+    limits = [] if slo_s is None else [slo_s]
+    with drawing():
+        canvas = Canvas(title, "lower left is better", basis, _with_rest(entries, points))
+        axes = canvas.panels[0]
+        right = _ceiling([*(b for p in shown for b in _bounds(p.p95)), *limits])
+        top = _ceiling([1000 * b for p in shown for b in _bounds(p.usd)])
+        scale(axes.xaxis, [*(p.p95.value for p in shown), *limits])
+        scale(axes.yaxis, [1000 * p.usd.value for p in shown])
+        for point in shown:
+            usd = _times(point.usd, 1000)
+            x, y = min(point.p95.value, right), min(usd.value, top)
+            _interval(axes, "x", y, point.p95, right, colour(point.index))
+            _interval(axes, "y", x, usd, top, colour(point.index))
+            _dot(axes, x, y, colour(point.index), _shape(point), False)
+        _limit(axes.xaxis, axes.set_xlim, [*(b for p in shown for b in _bounds(p.p95)), *limits], right)
+        _limit(axes.yaxis, axes.set_ylim, [1000 * b for p in shown for b in _bounds(p.usd)], top)
+        if slo_s is not None:
+            _mark_slo(axes, slo_s)
+        axes.set_xlabel("p95 end to end (s)" + ("; right edge: ∞" if _any_infinite(shown) else ""))
+        axes.set_ylabel("USD per 1,000 useful requests")
+        text = "; ".join(f"{entry.label}: {entry.detail}" for entry in entries)
+        promise = "" if slo_s is None else f" SLO: p95 at most {number(slo_s)} s."
+        return canvas.svg(key, f"Cost against latency. {text}.{promise}")
+
+
+def _shape(point: CostPoint) -> str:
+    return _MARKERS[point.index % len(_MARKERS)]
+
+
+def _any_infinite(points: Sequence[CostPoint]) -> bool:
+    return any(not np.isfinite(point.p95.value) for point in points)
+
+
+def _times(figure: Figure, factor: float) -> Figure:
+    scaled = {name: getattr(figure, name) * factor for name in ("value", "low", "high")}
+    return figure.model_copy(update=scaled)
+
+
+def _mark_slo(axes: Any, slo_s: float) -> None:
+    axes.axvline(slo_s, color="#57606a", linewidth=1, linestyle=(0, (1, 1.5)), zorder=1)
+    axes.axvspan(slo_s, axes.get_xlim()[1], color="#f4f5f7", linewidth=0, zorder=0)
+    axes.annotate(
+        f"SLO {number(slo_s)} s", (slo_s, 1), (3, -3), xycoords=("data", "axes fraction"),
+        textcoords="offset points", va="top", size=7.5, color="#57606a",
+    )  # fmt: skip
+
+
+# --- shared ---------------------------------------------------------------------------------------------
+
+
+def _with_rest(entries: list[Entry], arms: Sequence[object]) -> list[Entry]:
+    """The key, saying how many arms are not drawn."""
+    rest = len(arms) - MOST_ARMS
+    return [*entries, Entry("", f"and {rest} more: see the table", "none")] if rest > 0 else entries
+
+
+def _figure(figure: Figure) -> str:
+    """Value, unit, and its interval where there is one."""
+    text = f"{number(figure.value)} {figure.unit}"
+    spread = figure.low != figure.value or figure.high != figure.value
+    return text + (f" [{number(figure.low)}, {number(figure.high)}]" if spread else "")
+
+
+def _bounds(figure: Figure) -> list[float]:
+    return [figure.low, figure.value, figure.high]
+
+
+def _ceiling(values: Sequence[float]) -> float:
+    """Where infinite values are drawn: above all finite ones."""
+    finite = [value for value in values if np.isfinite(value)]
+    return 1.35 * max(finite, default=1.0)
+
+
+def _limit(axis: Any, set_limits: Any, values: Sequence[float], ceiling: float) -> None:
+    """Axis limits around `values`, from 0 on a linear axis; `ceiling` counts only for infinite values."""
+    finite = [value for value in values if np.isfinite(value) and value > 0] or [1.0]
+    high = ceiling if any(not np.isfinite(value) for value in values) else max(finite)
+    if axis.get_scale() == "log":
+        set_limits(min(finite) / 1.4, high * 1.5)
+    else:
+        set_limits(0, high * 1.15)
+
+
+def _interval(axes: Any, along: str, other: float, figure: Figure, ceiling: float, shade: str) -> None:
+    """A bar from the low to the high bound, cut at `ceiling`; none where both are equal."""
+    low, high = min(figure.low, ceiling), min(figure.high, ceiling)
+    if low == high:
+        return
+    across, span = [other, other], [low, high]
+    x, y = (span, across) if along == "x" else (across, span)
+    cap = "|" if along == "x" else "_"
+    axes.plot(x, y, color=shade, linewidth=1.1, alpha=0.75, marker=cap, markersize=6)
+
+
+def _dot(axes: Any, x: float, y: float, shade: str, marker: str, hollow: bool) -> None:
+    face = "white" if hollow else shade
+    axes.plot([x], [y], color=shade, marker=marker, markersize=6.5, markerfacecolor=face, linestyle="", zorder=3)

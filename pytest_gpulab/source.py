@@ -1,0 +1,113 @@
+"""Where in the source a claim was asked for its truth, and whether a gate may stand there.
+
+A claim under ``or``, ``not`` or ``if`` would turn "undecided" into a silent yes or no, so only ``assert`` (and
+``and`` inside it) may ask.
+"""
+
+from __future__ import annotations
+
+import ast
+import dis
+import linecache
+from functools import cache
+from types import FrameType
+from typing import NamedTuple
+
+ADVICE = (
+    "write `assert claim` as a statement of its own; for alternatives `assert any_of(a, b)`, for what must hold "
+    "beforehand `requires(claim, text)`, for a reservation `caveat(claim, text)`"
+)
+
+
+class Place(NamedTuple):
+    """A statement: its file, its first and last line, and the text of the claim."""
+
+    file: str
+    line: int
+    last_line: int
+    text: str
+
+
+def place_of_call(frame: FrameType) -> Place:
+    """The statement that `frame` is executing, with the first argument of its call as text."""
+    statement = _statement(frame)
+    if statement is None:
+        return Place(frame.f_code.co_filename, frame.f_lineno, frame.f_lineno, "")
+    call = statement.value if isinstance(statement, ast.Expr) else None
+    first = call.args[0] if isinstance(call, ast.Call) and call.args else None
+    return _place(frame, statement, first)
+
+
+def place_of_assert(frame: FrameType) -> Place:
+    """The assert statement that asks for a claim's truth in `frame`; TypeError when something else asks."""
+    statement = _statement(frame)
+    where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    if not isinstance(statement, ast.Assert):
+        raise TypeError(f"{where}: a gate has a truth only in an assert statement: {ADVICE}")
+    operands = _conjuncts(statement.test)
+    forbidden = next((node for node in operands if _hides_undecided(node)), None)
+    if forbidden is not None or not _asked_by_jump(frame):
+        raise TypeError(f"{where}: a gate must not stand under `or`, `not`, `if`, `any` or `all`: {ADVICE}")
+    alone = len(operands) == 1 and not (isinstance(statement.test, ast.Compare) and len(statement.test.ops) > 1)
+    return _place(frame, statement, statement.test if alone else None)
+
+
+def _place(frame: FrameType, statement: ast.stmt, expression: ast.expr | None) -> Place:
+    file = frame.f_code.co_filename
+    text = ""
+    if expression is not None:
+        text = ast.get_source_segment("".join(linecache.getlines(file)), expression) or ""
+    return Place(file, statement.lineno, statement.end_lineno or statement.lineno, " ".join(text.split()))
+
+
+def _conjuncts(test: ast.expr) -> list[ast.expr]:
+    if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
+        return [leaf for value in test.values for leaf in _conjuncts(value)]
+    return [test]
+
+
+def _hides_undecided(node: ast.expr) -> bool:
+    if isinstance(node, ast.UnaryOp):
+        return isinstance(node.op, ast.Not)
+    return isinstance(node, ast.BoolOp | ast.IfExp)
+
+
+def _asked_by_jump(frame: FrameType) -> bool:
+    """Whether a conditional jump asks (an assert's own), not a call such as ``all()`` nor ``not``."""
+    instructions = _instructions(frame.f_code.co_code, frame.f_code)
+    index = instructions[0].get(frame.f_lasti)
+    if index is None:
+        return True
+    names = instructions[1]
+    asking = names[index + 1] if names[index] == "TO_BOOL" and index + 1 < len(names) else names[index]
+    return "JUMP" in asking
+
+
+@cache
+def _instructions(_: bytes, code: object) -> tuple[dict[int, int], list[str]]:
+    found = list(dis.get_instructions(code))  # type: ignore[arg-type]
+    return {instruction.offset: i for i, instruction in enumerate(found)}, [i.opname for i in found]
+
+
+def _statement(frame: FrameType) -> ast.stmt | None:
+    """The innermost statement around the line that `frame` executes."""
+    statements = _statements(frame.f_code.co_filename, "".join(linecache.getlines(frame.f_code.co_filename)))
+    around = [s for s in statements if s.lineno <= frame.f_lineno <= (s.end_lineno or s.lineno)]
+    column = _column(frame)
+    if column is not None and len(around) > 1:
+        exact = [s for s in around if s.lineno < frame.f_lineno or s.col_offset <= column]
+        around = exact or around
+    return max(around, key=lambda s: (s.lineno, s.col_offset), default=None)
+
+
+def _column(frame: FrameType) -> int | None:
+    positions = list(frame.f_code.co_positions())
+    index = frame.f_lasti // 2
+    return positions[index][2] if index < len(positions) else None
+
+
+@cache
+def _statements(file: str, source: str) -> list[ast.stmt]:
+    if not source:
+        raise TypeError(f"{file}: a gate needs its source beside it to be recorded; run it from a file")
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]
