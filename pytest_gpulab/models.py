@@ -22,6 +22,16 @@ class Model:
     head_size: int
     max_position: int
     """Longest sequence in tokens, vLLM's default ``max_model_len``."""
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    tied_embeddings: bool
+    """Whether the output layer is the input embedding."""
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Weights of the embedding and of the output layer: quantization leaves them in 16 bits."""
+        return self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
         """Bytes of keys and values that one token keeps in the cache, over all layers."""
@@ -31,8 +41,8 @@ class Model:
 MODELS = {
     model.name: model
     for model in (
-        Model("qwen2.5-0.5b", 494_032_768, 24, 2, 64, 32_768),
-        Model("llama-3.1-8b", 8_030_261_248, 32, 8, 128, 131_072),
+        Model("qwen2.5-0.5b", 494_032_768, 24, 2, 64, 32_768, 896, 4_864, 151_936, True),
+        Model("llama-3.1-8b", 8_030_261_248, 32, 8, 128, 131_072, 4_096, 14_336, 128_256, False),
     )
 }
 

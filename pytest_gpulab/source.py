@@ -10,7 +10,7 @@ import ast
 import dis
 import linecache
 from functools import cache
-from types import FrameType
+from types import CodeType, FrameType
 from typing import NamedTuple
 
 ADVICE = (
@@ -45,8 +45,8 @@ def place_of_assert(frame: FrameType) -> Place:
     if not isinstance(statement, ast.Assert):
         raise TypeError(f"{where}: a gate has a truth only in an assert statement: {ADVICE}")
     operands = _conjuncts(statement.test)
-    forbidden = next((node for node in operands if _hides_undecided(node)), None)
-    if forbidden is not None or not _asked_by_jump(frame):
+    hidden = any(_hides_undecided(node) for node in operands) or _asked_inside(frame, statement.test)
+    if hidden or not _asked_by_jump(frame):
         raise TypeError(f"{where}: a gate must not stand under `or`, `not`, `if`, `any` or `all`: {ADVICE}")
     alone = len(operands) == 1 and not (isinstance(statement.test, ast.Compare) and len(statement.test.ops) > 1)
     return _place(frame, statement, statement.test if alone else None)
@@ -66,26 +66,44 @@ def _conjuncts(test: ast.expr) -> list[ast.expr]:
     return [test]
 
 
-def _hides_undecided(node: ast.expr) -> bool:
+def _hides_undecided(node: ast.AST) -> bool:
+    if isinstance(node, ast.BoolOp):
+        return isinstance(node.op, ast.Or)
     if isinstance(node, ast.UnaryOp):
         return isinstance(node.op, ast.Not)
-    return isinstance(node, ast.BoolOp | ast.IfExp)
+    return isinstance(node, ast.IfExp | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp | ast.Lambda)
+
+
+def _asked_inside(frame: FrameType, test: ast.expr) -> bool:
+    """Whether the asking instruction lies within a part of `test` that would lose an undecided answer."""
+    positions = list(frame.f_code.co_positions())
+    line, last_line, column, last_column = positions[frame.f_lasti // 2]
+    if line is None or last_line is None or column is None or last_column is None:
+        return False
+    for node in ast.walk(test):
+        if isinstance(node, ast.expr) and _hides_undecided(node):
+            start = (node.lineno, node.col_offset)
+            end = (node.end_lineno or node.lineno, node.end_col_offset or node.col_offset)
+            if start <= (line, column) and (last_line, last_column) <= end:
+                return True
+    return False
 
 
 def _asked_by_jump(frame: FrameType) -> bool:
     """Whether a conditional jump asks (an assert's own), not a call such as ``all()`` nor ``not``."""
-    instructions = _instructions(frame.f_code.co_code, frame.f_code)
-    index = instructions[0].get(frame.f_lasti)
+    index_at, names = _instructions(frame.f_code)
+    index = index_at.get(frame.f_lasti)
     if index is None:
         return True
-    names = instructions[1]
-    asking = names[index + 1] if names[index] == "TO_BOOL" and index + 1 < len(names) else names[index]
+    # 3.13 converts in an instruction of its own, or in the comparison, right before the jump.
+    asking = names[index + 1] if names[index] in ("TO_BOOL", "COMPARE_OP") else names[index]
     return "JUMP" in asking
 
 
 @cache
-def _instructions(_: bytes, code: object) -> tuple[dict[int, int], list[str]]:
-    found = list(dis.get_instructions(code))  # type: ignore[arg-type]
+def _instructions(code: CodeType) -> tuple[dict[int, int], list[str]]:
+    """Index by offset, and names, of the instructions; a far jump's EXTENDED_ARG prefix asks nothing."""
+    found = [i for i in dis.get_instructions(code) if i.opname != "EXTENDED_ARG"]
     return {instruction.offset: i for i, instruction in enumerate(found)}, [i.opname for i in found]
 
 
