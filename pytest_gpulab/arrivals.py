@@ -46,7 +46,7 @@ def schedule(workload: Workload, seed: int) -> Schedule:
     when an earlier one is answered.
     """
     if isinstance(workload.arrivals, Trace):
-        return np.array(workload.arrivals.rows, dtype=SCHEDULE_DTYPE)
+        return np.array(list(workload.arrivals.rows), dtype=SCHEDULE_DTYPE)
     times = _times(workload, _stream(seed, _TIMES))
     rows = np.empty(len(times), dtype=SCHEDULE_DTYPE)
     rows["scheduled"] = times

@@ -227,7 +227,8 @@ class Workload(Definition):
     @classmethod
     def from_trace(cls, rows: Iterable[tuple[float, int, int]], **fields: Any) -> Self:
         """A workload of recorded (arrival_s, prompt_tokens, output_tokens)."""
-        return cls(arrivals=Trace(rows=tuple(tuple(row) for row in rows)), **fields)
+        plain = tuple((float(arrival_s), int(prompt), int(output)) for arrival_s, prompt, output in rows)
+        return cls(arrivals=Trace(rows=plain), **fields)
 
     @model_validator(mode="after")
     def _is_complete(self) -> Self:

@@ -1,0 +1,82 @@
+"""Workloads and profiles: what is refused, and in which words."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from pytest_gpulab import ClosedLoop, Constant, EngineArgs, Lengths, Mix, Poisson, Profile, Shape, Workload
+from pytest_gpulab.experiment import require_servable
+
+SHAPE = Shape(prompt_tokens=512, output_tokens=128)
+T4 = Profile(model="qwen2.5-0.5b", accelerator="t4", engine_args={"max_model_len": 9216})
+
+
+@pytest.mark.parametrize("rate", [0, -1, float("nan"), float("inf")])
+def test_an_impossible_rate_is_refused_by_name(rate: float) -> None:
+    with pytest.raises(ValidationError, match="rate"):
+        Poisson(rate=rate)
+
+
+def test_an_empty_mix_is_refused() -> None:
+    with pytest.raises(ValidationError, match="parts"):
+        Mix(parts=())
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: EngineArgs(max_num_seq=16), "did you mean 'max_num_seqs'"),
+        (lambda: Profile(model="qwen2.5-0.5b", accelerator="h20"), "unknown accelerator 'h20': did you mean 'h200'"),
+        (lambda: Profile(model="qwen2.5-0.5", accelerator="t4"), "did you mean 'qwen2.5-0.5b'"),
+        (lambda: Profile(model="qwen2.5-0.5b", accelerator="t4", engine_args={"max_model_len": 40_000}), "32768"),
+        (lambda: Workload(arrivals=Constant(rate=1), shape=SHAPE), "exactly one of duration_s and requests"),
+        (lambda: Workload(arrivals=Constant(rate=1), duration_s=1), "shape must be given"),
+        (
+            lambda: Workload(arrivals=ClosedLoop(concurrency=2), shape=SHAPE, duration_s=9),
+            "closed loop needs requests",
+        ),
+        (lambda: Workload.from_trace([(1, 5, 5), (0.5, 5, 5)]), "row 1: arrivals must be finite, >= 0 and in order"),
+        (lambda: Workload.from_trace([(0, 0, 5)]), "row 0: a request has at least 1 prompt"),
+        (lambda: Workload.from_trace([]), "rows"),
+        (lambda: Workload.from_trace([(0, 1, 1)], duration_s=3), "leave out duration_s"),
+        (
+            lambda: Lengths(
+                prompt_median=9, prompt_sigma=1, prompt_max=8, output_median=1, output_sigma=0, output_max=1
+            ),
+            "raise prompt_max",
+        ),
+    ],
+)
+def test_bad_input_says_what_would_be_right(build, words: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValidationError) as refusal:
+        build()
+    assert words in str(refusal.value)
+
+
+def test_a_prompt_beyond_the_model_length_is_refused_before_it_runs() -> None:
+    workload = Workload(arrivals=Constant(rate=1), shape=Shape(prompt_tokens=9216, output_tokens=1), duration_s=10)
+    with pytest.raises(ValueError, match=r"one of 9217 tokens .* serves 9216; shorten the shape or raise"):
+        require_servable(workload, T4)
+
+
+def test_a_shared_prefix_leaves_something_unique() -> None:
+    workload = Workload(arrivals=Constant(rate=1), shape=SHAPE, duration_s=10, shared_prefix_tokens=512)
+    with pytest.raises(ValueError, match="shared_prefix_tokens must be below prompt_tokens, got 512 of 512"):
+        require_servable(workload, T4)
+
+
+def test_equal_definitions_have_equal_hashes_and_others_do_not() -> None:
+    def workload(rate: float) -> Workload:
+        return Workload(arrivals=Poisson(rate=rate), shape=SHAPE, duration_s=10)
+
+    assert workload(2).definition_hash == workload(2.0).definition_hash
+    assert workload(2).definition_hash != workload(3).definition_hash
+
+
+def test_changed_engine_arguments_are_validated_and_leave_the_original_alone() -> None:
+    capped = T4.with_engine_args(max_num_seqs=16)
+    assert (capped.engine_args.max_num_seqs, T4.engine_args.max_num_seqs) == (16, None)
+    assert capped.engine_args.max_model_len == 9216
+    with pytest.raises(ValidationError, match="max_num_seqs"):
+        T4.with_engine_args(max_num_seqs=0)
