@@ -15,19 +15,18 @@ class Accelerator:
     memory_bytes: int
     """Total device memory as the driver reports it, bytes."""
     instance_type: str
-    price_usd_per_hour: float | None
-    """On demand, us-west-2, Linux, per hour of one accelerator; None where no price is on record."""
+    price_usd_per_hour: float
+    """Per hour of one accelerator, on demand in us-west-2 (Linux) unless said otherwise."""
 
-
-GIB = 1024**3
 
 ACCELERATORS = {
     accelerator.name: accelerator
     for accelerator in (
         Accelerator("t4", 15_360 * 1024**2, "g4dn.xlarge", 0.526),
         Accelerator("l4", 23_034 * 1024**2, "g6.xlarge", 0.8048),
-        Accelerator("h200", 143_771 * 1024**2, "p5en.48xlarge", None),
-        # One of the eight GPUs of the instance.
+        # One of eight GPUs, as an EC2 Capacity Block in us-east-2 (price list valid to the end of 2024).
+        Accelerator("h200", 143_771 * 1024**2, "p5en.48xlarge", 5.408),
+        # One of eight GPUs.
         Accelerator("b200", 183_359 * 1024**2, "p6-b200.48xlarge", 113.93 / 8),
     )
 }

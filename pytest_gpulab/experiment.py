@@ -324,8 +324,8 @@ class Profile(Definition):
         return self.engine_args.max_model_len or find_model(self.model).max_position
 
     @property
-    def price(self) -> float | None:
-        """USD per accelerator and hour, or None where nobody has stated one."""
+    def price(self) -> float:
+        """USD per accelerator and hour."""
         return self.price_usd_per_hour or find_accelerator(self.accelerator).price_usd_per_hour
 
     def with_engine_args(self, **changes: Any) -> Self:

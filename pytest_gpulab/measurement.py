@@ -146,16 +146,8 @@ class Measurement:
     def cost_per_useful_request(
         self, *, e2e_s: float | None = None, ttft_s: float | None = None, tpot_s: float | None = None
     ) -> Estimate:
-        """USD of accelerator time per request that met every given limit (seconds).
-
-        ValueError when neither the profile nor its accelerator has a price.
-        """
+        """USD of accelerator time per request that met every given limit (seconds)."""
         price = self.profile.price
-        if price is None:
-            raise ValueError(
-                f"a cost needs a price: {self.profile.accelerator} has none on record; give the profile "
-                "price_usd_per_hour"
-            )
         slo = _slo(e2e_s, ttft_s, tpot_s)
         return self.figure(
             f"cost per useful request ({_slo_text(slo)})",
