@@ -19,6 +19,8 @@ class Accelerator:
     """Per hour of one accelerator, on demand in us-west-2 (Linux) unless said otherwise."""
 
 
+GIB = 1024**3
+
 ACCELERATORS = {
     accelerator.name: accelerator
     for accelerator in (

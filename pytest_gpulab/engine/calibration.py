@@ -19,25 +19,33 @@ class _Coefficients(BaseModel):
 
 
 class GpuCost(_Coefficients):
-    """Seconds the GPU needs for one step: the sum of these terms.
+    """Seconds the GPU needs for one step.
 
     A step has nd decoding sequences that read ctx tokens of context in all, and pt prefill tokens that attend to
-    pa = sum over prefills of chunk * (start + chunk / 2) tokens.
+    pa = sum over prefills of chunk * (start + chunk / 2) tokens. It takes
+
+        max(step_s, per_token_s * (nd + pt)) + per_decode_s * nd + per_context * ctx + per_attended_token_s * pa
+
+    The first term is a roofline: the linear layers read all weights once (`step_s`), or compute on every token,
+    whichever is longer. `per_decode_s` is what each sampled sequence adds. `per_context` is
+    `per_context_token_s` in steps that only decode; together with prefills the attention kernel reads the
+    context less efficiently, `per_context_token_mixed_s`.
     """
 
     step_s: float
+    per_token_s: float
     per_decode_s: float
     per_context_token_s: float
-    per_prefill_token_s: float
+    per_context_token_mixed_s: float
     per_attended_token_s: float
 
 
 class CpuCost(_Coefficients):
     """Seconds the engine's CPU needs to prepare and launch one step.
 
-    Preparing is `step_s` + `per_sequence_s` per scheduled sequence. Launching is free for decode-only steps (CUDA
-    graphs); a step with prefill launches its kernels one by one: `launch_small_s` up to 512 tokens, above that
-    `launch_large_s`.
+    Preparing is `step_s` + `per_sequence_s` per scheduled sequence, handling the results included. Launching is
+    free for decode-only steps (CUDA graphs). A step with prefill launches its attention kernels one by one
+    (`launch_small_s`), and above 512 tokens in all every kernel (`launch_large_s`).
     """
 
     step_s: float
@@ -47,14 +55,17 @@ class CpuCost(_Coefficients):
 
 
 class FrontEndCost(_Coefficients):
-    """Seconds of the API server's single CPU: to take a request in, and to stream a token out.
+    """Seconds of the API server's single CPU: to take a request in, and to stream tokens out.
 
-    `latency_s` is added to every answer and occupies nobody (network, wake-ups).
+    `per_output_token_s` is spent on each token that comes from the engine, `per_chunk_s` on each chunk sent to a
+    client (one token, more when the server is late). `latency_s` is added to every answer and occupies nobody
+    (network, wake-ups).
     """
 
     per_request_s: float
     per_prompt_token_s: float
     per_output_token_s: float
+    per_chunk_s: float
     latency_s: float
 
 

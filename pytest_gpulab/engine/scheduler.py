@@ -145,8 +145,7 @@ class Scheduler:
         self.prefix_hits = 0
         self._requests: dict[str, Request] = {}
         self._in_flight: deque[Batch] = deque()
-        self._scheduled_step = 0
-        self._updated_step = 0
+        self._step = 0
         self._placeholder = 1 if config.async_scheduling else 0
         self._watermark = int(config.watermark * config.num_blocks)
 
@@ -154,11 +153,6 @@ class Scheduler:
     def has_unfinished(self) -> bool:
         """Whether any request is running or waiting."""
         return bool(self._requests)
-
-    @property
-    def in_flight(self) -> int:
-        """Steps scheduled and not yet updated."""
-        return len(self._in_flight)
 
     @property
     def free_blocks(self) -> int:
@@ -218,8 +212,8 @@ class Scheduler:
         chunk_limit = config.max_num_batched_tokens
         if config.long_prefill_token_threshold and len(self.running) + len(self.waiting) > 1:
             chunk_limit = min(chunk_limit, config.long_prefill_token_threshold)
-        self._scheduled_step += 1
-        batch = Batch(self._scheduled_step)
+        self._step += 1
+        batch = Batch(self._step)
         budget = self._schedule_running(batch, config.max_num_batched_tokens, chunk_limit)
         if not batch.preempted:
             self._schedule_waiting(batch, budget, chunk_limit)
@@ -238,7 +232,7 @@ class Scheduler:
                 "update each batch once, in order"
             )
         self._in_flight.popleft()
-        step = self._updated_step = batch.step
+        step = batch.step
         placeholder = self._placeholder
         finished: list[Request] = []
         for request in batch.samples:
@@ -283,14 +277,10 @@ class Scheduler:
         return budget
 
     def _schedule_waiting(self, batch: Batch, budget: int, chunk_limit: int) -> None:
-        """Admit from the head of the queue until something runs out. A head that does not fit holds up all."""
+        """Admit from the head of the queue until something runs out; a misfit holds up the rest."""
         waiting, running = self.waiting, self.running
-        set_aside: list[Request] = []
         while waiting and budget > 0 and len(running) < self.config.max_num_seqs:
             request = waiting[0]
-            if request.stale_step > self._updated_step:  # its step in flight may still bring a token
-                set_aside.append(waiting.popleft())
-                continue
             hit = self._cached_prefix(request)
             start = len(hit) * self.config.block_size
             tokens = min(request.num_tokens - start, chunk_limit, budget)
@@ -301,7 +291,6 @@ class Scheduler:
             self._count_prefix(request, start)
             self._commit(batch, request, start, tokens)
             budget -= tokens
-        waiting.extendleft(reversed(set_aside))
 
     def _commit(self, batch: Batch, request: Request, start: int, tokens: int) -> None:
         """Put a chunk into the step. It brings a token unless it is a part of a prompt that goes on."""
@@ -374,7 +363,11 @@ class Scheduler:
         request.hash_at = (full + 1) * self.config.block_size
 
     def _preempt(self, request: Request) -> None:
-        """Take everything back from a request; it starts again from the head of the waiting queue."""
+        """Take everything back from a request; it starts again from the head of the waiting queue.
+
+        vLLM also keeps it there while a step in flight holds it. With at most two steps in flight that step
+        has always been updated when the next one admits requests.
+        """
         self._free(request)
         request.computed = 0
         request.placeholders = 0

@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pytest_gpulab.figures import latencies, percentile
 from pytest_gpulab.gates import Figure, Outcome
-from pytest_gpulab.report.canvas import QUIET, Canvas, Entry, colour, drawing, number, scale
+from pytest_gpulab.report.canvas import QUIET, Canvas, Entry, Panel, colour, drawing, number, wants_log
 from pytest_gpulab.run import Run
 
 MOST_ARMS = 8
 """More curves than that are not told apart; the arm table has them all."""
 
-_CURVE_POINTS = 1800
+_CURVE_POINTS = 2600
 """Points that all curves of one plot share: keeps an SVG below 60 KB."""
 
 
@@ -64,55 +65,56 @@ _BAND = "#f6d8c3"
 
 def rate_vs_p95(
     points: Sequence[RatePoint],
-    knee: tuple[float | None, float | None],
+    knee: tuple[float, float],
     *,
     basis: str,
     key: str = "",
     title: str = "Where the latency knee is",
 ) -> str:
-    """p95 end to end latency over the request rate, with `knee`, the last stable and first unstable rate."""
+    """p95 end to end latency over the request rate.
+
+    `knee` is the highest stable and the lowest unstable rate (requests/s); 0 and infinity where there is none.
+    """
     points = sorted(points, key=lambda point: point.rate)
-    verdict = _knee_text(*knee)
+    bounds = [bound for point in points for bound in _bounds(point.p95)]
+    ceiling = _ceiling(bounds)
     with drawing():
-        canvas = Canvas(title, verdict, basis, _stability_key(points, knee))
-        axes = canvas.panels[0]
-        ceiling = _ceiling([bound for point in points for bound in _bounds(point.p95)])
-        scale(axes.yaxis, [point.p95.value for point in points])
-        _mark_knee(axes, *knee)
+        canvas = Canvas(title, _knee_text(*knee), basis, _stability_key(points, knee))
+        panel = canvas.panels[0]
+        _span(panel.span_x, [point.rate for point in points], ceiling=0)
+        _span(panel.span_y, bounds, ceiling)
+        _mark_knee(panel.axes, *knee)
         known = [point for point in points if np.isfinite(point.p95.value)]
-        axes.plot([p.rate for p in known], [p.p95.value for p in known], color="#b6bdc5", linewidth=1.2)
+        panel.axes.plot([p.rate for p in known], [p.p95.value for p in known], color="#b6bdc5", linewidth=1.2)
         for point in points:
             _, shade, marker = _STABILITY[point.stable]
-            _interval(axes, "y", point.rate, point.p95, ceiling, shade)
-            _dot(axes, point.rate, min(point.p95.value, ceiling), shade, marker, point.stable == "undecided")
+            _interval(panel.axes, "y", point.rate, point.p95, ceiling, shade)
+            _dot(panel.axes, point.rate, min(point.p95.value, ceiling), shade, marker, point.stable == "undecided")
             if not np.isfinite(point.p95.value):
-                axes.annotate("∞", (point.rate, ceiling), (0, 6), textcoords="offset points", ha="center")
-        _limit(axes.yaxis, axes.set_ylim, [b for p in points for b in _bounds(p.p95)], ceiling)
-        axes.margins(x=0.06)
-        axes.set_xlabel("offered rate (requests/s)")
-        axes.set_ylabel("p95 end to end (s)")
+                panel.axes.annotate("∞", (point.rate, ceiling), (0, 5), textcoords="offset points", ha="center")
+        panel.finish("offered rate (requests/s)", "p95 end to end (s)")
         text = "; ".join(f"{number(p.rate)} requests/s: {_figure(p.p95)}, {_STABILITY[p.stable][0]}" for p in points)
-        return canvas.svg(key, f"{verdict}. p95 end to end latency by rate: {text}.")
+        return canvas.svg(key, f"{_knee_text(*knee)}. p95 end to end latency by rate: {text}.")
 
 
-def _knee_text(stable: float | None, unstable: float | None) -> str:
-    if stable is not None and unstable is not None:
+def _knee_text(stable: float, unstable: float) -> str:
+    if stable > 0 and unstable < np.inf:
         return f"knee between {number(stable)} and {number(unstable)} requests/s"
-    if stable is not None:
-        return f"stable up to {number(stable)} requests/s; no unstable rate found"
-    if unstable is not None:
-        return f"unstable from {number(unstable)} requests/s on; no stable rate found"
+    if stable > 0:
+        return f"stable at {number(stable)} requests/s; no unstable rate found"
+    if unstable < np.inf:
+        return f"unstable at {number(unstable)} requests/s already; no stable rate found"
     return "no rate could be decided"
 
 
-def _stability_key(points: Sequence[RatePoint], knee: tuple[float | None, float | None]) -> list[Entry]:
+def _stability_key(points: Sequence[RatePoint], knee: tuple[float, float]) -> list[Entry]:
     entries = []
     for outcome, (word, shade, marker) in _STABILITY.items():
         rates = [number(point.rate) for point in points if point.stable == outcome]
         if rates:
             detail = ", ".join(rates) + " requests/s"
             entries.append(Entry(word, detail, shade, marker, hollow=outcome == "undecided"))
-    if None not in knee:
+    if knee[0] > 0 and knee[1] < np.inf:
         entries.append(Entry("knee", "the shaded rates", _BAND, "s"))
     bars = "bars: interval over the repeats"
     if any(not np.isfinite(point.p95.value) for point in points):
@@ -120,12 +122,13 @@ def _stability_key(points: Sequence[RatePoint], knee: tuple[float | None, float 
     return [*entries, Entry("", bars, "none")]
 
 
-def _mark_knee(axes: Any, stable: float | None, unstable: float | None) -> None:
-    if stable is not None and unstable is not None:
+def _mark_knee(axes: Any, stable: float, unstable: float) -> None:
+    """Shade the bracket, or draw the one side of it that was found."""
+    if stable > 0 and unstable < np.inf:
         axes.axvspan(stable, unstable, color=_BAND, linewidth=0, zorder=0, gid="knee")
         return
     for rate in (stable, unstable):
-        if rate is not None:
+        if 0 < rate < np.inf:
             axes.axvline(rate, color=_BAND, linewidth=3, zorder=0)
 
 
@@ -137,61 +140,49 @@ def latency_cdf(
 ) -> str:
     """Share of offered requests answered within a time, per arm: end to end solid, first token dashed."""
     shown = arms[:MOST_ARMS]
-    curves = [(arm, _latency(arm.run, "last_token"), _latency(arm.run, "first_token")) for arm in shown]
-    entries = [Entry(arm.label, _latency_text(total), colour(arm.index)) for arm, total, _ in curves]
+    curves = [(arm, np.sort(latencies(arm.run, "e2e")), np.sort(latencies(arm.run, "ttft"))) for arm in shown]
+    entries = [Entry(arm.label, _latency_text(e2e), colour(arm.index)) for arm, e2e, _ in curves]
     with drawing():
         canvas = Canvas(title, "solid: end to end, dashed: first token", basis, _with_rest(entries, arms))
-        axes = canvas.panels[0]
-        finite = np.concatenate([part[np.isfinite(part)] for _, *parts in curves for part in parts] or [[]])
-        scale(axes.xaxis, _typical(finite))
-        right = _right_edge(axes, finite)
+        panel = canvas.panels[0]
+        right = _span_time(
+            panel, np.concatenate([seconds for _, *pair in curves for seconds in pair] or [np.ones(1)])
+        )
         most = max(20, _CURVE_POINTS // (4 * max(1, len(curves))))
-        for arm, total, first in curves:
-            _cdf(axes, first, right, most, color=colour(arm.index), linestyle=(0, (3, 2)), linewidth=1.1)
-            _cdf(axes, total, right, most, color=colour(arm.index))
-        axes.set_ylim(0, 1.03)
-        axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
-        axes.set_xlabel("time since the request was due (s)")
-        axes.set_ylabel("share of offered requests")
-        text = "; ".join(f"{arm.label}: {_latency_text(total)}" for arm, total, _ in curves)
+        for arm, e2e, ttft in curves:
+            _cdf(panel.axes, ttft, right, most, color=colour(arm.index), linestyle=(0, (3, 2)), linewidth=1.1)
+            _cdf(panel.axes, e2e, right, most, color=colour(arm.index))
+        panel.span_y(0, 1.03)
+        panel.finish("time since the request was due (s)", "share of offered requests", y_format=_share)
+        text = "; ".join(f"{arm.label}: {_latency_text(e2e)}" for arm, e2e, _ in curves)
         return canvas.svg(key, f"Cumulative latency. {text}.")
 
 
-def _latency(run: Run, column: str) -> NDArray[Any]:
-    """Seconds from the scheduled time to `column`, sorted, one per offered request; undelivered: infinite."""
-    seconds = run.requests[column] - run.requests["scheduled"]
-    return np.sort(np.where(run.requests["ok"] & np.isfinite(seconds), seconds, np.inf))
-
-
-def _latency_text(total: NDArray[Any]) -> str:
-    if not total.size:
+def _latency_text(e2e: NDArray[Any]) -> str:
+    if not e2e.size:
         return "no request offered"
-    p50, p95 = np.percentile(total, (50, 95), method="inverted_cdf")
-    return f"p50 {number(p50)} s, p95 {number(p95)} s, {_share(float(np.isfinite(total).mean()))} delivered"
+    p50, p95 = percentile(e2e, 50), percentile(e2e, 95)
+    return f"p50 {number(p50)}, p95 {number(p95)} s, {_share(float(np.isfinite(e2e).mean()))} delivered"
 
 
 def _share(value: float) -> str:
     """Per cent, never rounded up to 100."""
-    if value == 1:
-        return "100 %"
-    return f"{min(value, 0.9999):.2%}".replace("%", " %") if value > 0.99 else f"{value:.1%}".replace("%", " %")
+    percent = 100 * value
+    if percent in (0, 100) or percent == round(percent):
+        return f"{percent:.0f} %"
+    return f"{min(percent, 99.99):.2f} %" if percent > 99 else f"{percent:.1f} %"
 
 
-def _typical(values: NDArray[Any]) -> NDArray[Any]:
-    """`values` without the fastest and slowest hundredth: outliers do not choose the axis."""
-    return np.quantile(values, (0.01, 0.99)) if values.size else values
-
-
-def _right_edge(axes: Any, finite: NDArray[Any]) -> float:
-    """Set the time axis and return its end (s)."""
-    last = float(finite.max()) if finite.size else 1.0
-    if axes.get_xscale() == "log":
-        positive = finite[finite > 0]
-        right = last * 1.25
-        axes.set_xlim(max(float(np.quantile(positive, 0.002)), last / 1e5) / 1.25, right)
-    else:
-        right = last * 1.06
-        axes.set_xlim(0, right)
+def _span_time(panel: Panel, seconds: NDArray[Any]) -> float:
+    """Set the time axis so that the slowest answer is on it, and return its end (s)."""
+    finite = seconds[np.isfinite(seconds) & (seconds > 0)]
+    if not finite.size:
+        finite = np.ones(1)
+    low, typical = np.quantile(finite, (0.01, 0.99))
+    high = float(finite.max())
+    log = wants_log((low, typical))
+    right = high * (1.25 if log else 1.06)
+    panel.span_x(float(np.quantile(finite, 0.002)) / 1.25 if log else 0.0, right, log=log)
     return right
 
 
@@ -221,19 +212,18 @@ def queue_depth(
     if len(with_metrics) < len(arms):
         entries.append(Entry("", f"{len(arms) - len(with_metrics)} without server metrics", "none"))
     with drawing():
-        canvas = Canvas(
-            title, "waiting above, running below", basis, _with_rest(entries, with_metrics), panels=2
-        )
+        canvas = Canvas(title, "waiting above, running below", basis, _with_rest(entries, with_metrics), panels=2)
         most = max(20, _CURVE_POINTS // (4 * max(1, len(shown))))
-        for axes, column in zip(canvas.panels, ("num_requests_waiting", "num_requests_running"), strict=True):
+        end_s = max((float(arm.run.server["time"][-1]) for arm in shown), default=1.0)
+        for panel, name in zip(canvas.panels, ("waiting", "running"), strict=True):
+            top = 1.0
             for arm in shown:
-                time, depth = _decimate(arm.run.server["time"], arm.run.server[column], most)
-                axes.plot(time, depth, drawstyle="steps-post", color=colour(arm.index), linewidth=1.3)
-            scale(axes.yaxis, [])
-            axes.set_ylabel(column.removeprefix("num_requests_") + " (requests)")
-            axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
-            axes.set_xlim(0, max((float(arm.run.server["time"][-1]) for arm in shown), default=1.0) or 1.0)
-        canvas.panels[-1].set_xlabel("time since the run's start (s)")
+                time, depth = _decimate(arm.run.server["time"], arm.run.server[f"num_requests_{name}"], most)
+                panel.axes.plot(time, depth, drawstyle="steps-post", color=colour(arm.index), linewidth=1.2)
+                top = max(top, float(depth.max()))
+            panel.span_x(0, end_s or 1.0)
+            panel.span_y(0, 1.08 * top)
+            panel.finish("time since the run's start (s)", f"requests {name}", rows=4, last=name == "running")
         text = "; ".join(f"{arm.label}: {_depth_text(arm.run)}" for arm in shown)
         return canvas.svg(key, f"Requests waiting and running over time. {text}.")
 
@@ -272,29 +262,30 @@ def cost_vs_latency(
     """USD per 1,000 useful requests over p95 end to end latency; `slo_s` is the p95 that was promised (s)."""
     shown = points[:MOST_ARMS]
     entries = [
-        Entry(p.label, f"USD {number(1000 * p.usd.value)} per 1,000, p95 {_figure(p.p95)}", colour(p.index), _shape(p))
+        Entry(
+            p.label, f"USD {number(1000 * p.usd.value)} per 1,000, p95 {_figure(p.p95)}", colour(p.index), _shape(p)
+        )
         for p in shown
     ]
-    limits = [] if slo_s is None else [slo_s]
+    slo = [] if slo_s is None else [slo_s]
+    latency = [*(bound for point in shown for bound in _bounds(point.p95)), *slo]
+    usd = [1000 * bound for point in shown for bound in _bounds(point.usd)]
+    right, top = _ceiling(latency), _ceiling(usd)
     with drawing():
         canvas = Canvas(title, "lower left is better", basis, _with_rest(entries, points))
-        axes = canvas.panels[0]
-        right = _ceiling([*(b for p in shown for b in _bounds(p.p95)), *limits])
-        top = _ceiling([1000 * b for p in shown for b in _bounds(p.usd)])
-        scale(axes.xaxis, [*(p.p95.value for p in shown), *limits])
-        scale(axes.yaxis, [1000 * p.usd.value for p in shown])
+        panel = canvas.panels[0]
+        _span(panel.span_x, latency, right)
+        _span(panel.span_y, usd, top)
         for point in shown:
-            usd = _times(point.usd, 1000)
-            x, y = min(point.p95.value, right), min(usd.value, top)
-            _interval(axes, "x", y, point.p95, right, colour(point.index))
-            _interval(axes, "y", x, usd, top, colour(point.index))
-            _dot(axes, x, y, colour(point.index), _shape(point), False)
-        _limit(axes.xaxis, axes.set_xlim, [*(b for p in shown for b in _bounds(p.p95)), *limits], right)
-        _limit(axes.yaxis, axes.set_ylim, [1000 * b for p in shown for b in _bounds(p.usd)], top)
+            cost = _times(point.usd, 1000)
+            x, y = min(point.p95.value, right), min(cost.value, top)
+            _interval(panel.axes, "x", y, point.p95, right, colour(point.index))
+            _interval(panel.axes, "y", x, cost, top, colour(point.index))
+            _dot(panel.axes, x, y, colour(point.index), _shape(point), False)
         if slo_s is not None:
-            _mark_slo(axes, slo_s)
-        axes.set_xlabel("p95 end to end (s)" + ("; right edge: ∞" if _any_infinite(shown) else ""))
-        axes.set_ylabel("USD per 1,000 useful requests")
+            _mark_slo(panel.axes, slo_s)
+        edge = "; right edge: ∞" if any(not np.isfinite(point.p95.value) for point in shown) else ""
+        panel.finish(f"p95 end to end (s){edge}", "USD per 1,000 useful requests")
         text = "; ".join(f"{entry.label}: {entry.detail}" for entry in entries)
         promise = "" if slo_s is None else f" SLO: p95 at most {number(slo_s)} s."
         return canvas.svg(key, f"Cost against latency. {text}.{promise}")
@@ -302,10 +293,6 @@ def cost_vs_latency(
 
 def _shape(point: CostPoint) -> str:
     return _MARKERS[point.index % len(_MARKERS)]
-
-
-def _any_infinite(points: Sequence[CostPoint]) -> bool:
-    return any(not np.isfinite(point.p95.value) for point in points)
 
 
 def _times(figure: Figure, factor: float) -> Figure:
@@ -348,14 +335,14 @@ def _ceiling(values: Sequence[float]) -> float:
     return 1.35 * max(finite, default=1.0)
 
 
-def _limit(axis: Any, set_limits: Any, values: Sequence[float], ceiling: float) -> None:
-    """Axis limits around `values`, from 0 on a linear axis; `ceiling` counts only for infinite values."""
-    finite = [value for value in values if np.isfinite(value) and value > 0] or [1.0]
-    high = ceiling if any(not np.isfinite(value) for value in values) else max(finite)
-    if axis.get_scale() == "log":
-        set_limits(min(finite) / 1.4, high * 1.5)
+def _span(set_span: Any, values: Sequence[float], ceiling: float) -> None:
+    """Set an axis around `values`, from 0 on a linear axis; infinite values lie at `ceiling`."""
+    finite = [value for value in values if 0 < value < np.inf] or [1.0]
+    high = max(finite) if all(np.isfinite(values)) else ceiling
+    if wants_log(finite):
+        set_span(min(finite) / 1.4, high * 1.5, log=True)
     else:
-        set_limits(0, high * 1.15)
+        set_span(0, high * 1.12)
 
 
 def _interval(axes: Any, along: str, other: float, figure: Figure, ceiling: float, shade: str) -> None:
