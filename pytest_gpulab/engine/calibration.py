@@ -43,13 +43,15 @@ class GpuCost(_Coefficients):
 class CpuCost(_Coefficients):
     """Seconds the engine's CPU needs to prepare and launch one step.
 
-    Preparing is `step_s` + `per_sequence_s` per scheduled sequence, handling the results included. Launching is
+    Preparing is `step_s` + `per_sequence_s` per decoding sequence + `per_prefill_s` per prompt (unpacking and
+    hashing it compete for the same interpreter), handling the results included. Launching is
     free for decode-only steps (CUDA graphs). A step with prefill launches its attention kernels one by one
     (`launch_small_s`), and above 512 tokens in all every kernel (`launch_large_s`).
     """
 
     step_s: float
     per_sequence_s: float
+    per_prefill_s: float
     launch_small_s: float
     launch_large_s: float
 
@@ -58,8 +60,8 @@ class FrontEndCost(_Coefficients):
     """Seconds of the API server's single CPU: to take a request in, and to stream tokens out.
 
     `per_output_token_s` is spent on each token that comes from the engine, `per_chunk_s` on each chunk sent to a
-    client (one token, more when the server is late). `latency_s` is added to every answer and occupies nobody
-    (network, wake-ups).
+    client (one token, more when the server is late). `latency_s` is added to every answer and
+    `prompt_token_latency_s` to every token of a prompt; they occupy nobody (network, wake-ups, other threads).
     """
 
     per_request_s: float
@@ -67,6 +69,7 @@ class FrontEndCost(_Coefficients):
     per_output_token_s: float
     per_chunk_s: float
     latency_s: float
+    prompt_token_latency_s: float
 
 
 class Variant(_Coefficients):

@@ -33,7 +33,7 @@ LOG_FROM = 30
 _WIDTH_IN = 7.6
 _LEFT_IN, _KEY_IN, _TOP_IN, _BOTTOM_IN = 0.66, 2.82, 0.68, 0.5
 _ENTRY_IN, _LINE_IN = 0.165, 0.145
-_LABEL_CHARACTERS, _DETAIL_CHARACTERS = 34, 40
+_LABEL_CHARACTERS, _DETAIL_CHARACTERS = 34, 38
 _FONTS = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -84,6 +84,7 @@ class Panel:
 
     def __init__(self, axes: Axes) -> None:
         self.axes = axes
+        self._figure = axes.get_figure(root=True)
         axes.set_axis_off()
 
     def span_x(self, low: float, high: float, *, log: bool = False) -> None:
@@ -128,27 +129,25 @@ class Panel:
 
     def _label_rows(self, rows: Sequence[float], label: str, text: Callable[[float], str]) -> None:
         left = self.axes.get_xlim()[0]
+        beside = self._shifted(self.axes.transData, -4, 0)
+        style: dict[str, Any] = {"va": "center", "color": QUIET}
         for row in rows:
-            self.axes.annotate(
-                text(row), (left, row), (-4, 0), textcoords="offset points",
-                ha="right", va="center", size=7.5, color=QUIET,
-            )  # fmt: skip
-        self.axes.annotate(
-            label, (0, 0.5), (-36, 0), xycoords="axes fraction", textcoords="offset points",
-            ha="center", va="center", rotation=90, color=QUIET,
-        )  # fmt: skip
+            self.axes.text(left, row, text(row), transform=beside, ha="right", size=7.5, **style)
+        aside = self._shifted(self.axes.transAxes, -36, 0)
+        self.axes.text(0, 0.5, label, transform=aside, ha="center", rotation=90, **style)
 
     def _label_columns(self, columns: Sequence[float], label: str) -> None:
         bottom = self.axes.get_ylim()[0]
+        below = self._shifted(self.axes.transData, 0, -5)
+        style: dict[str, Any] = {"ha": "center", "va": "top", "color": QUIET}
         for column in columns:
-            self.axes.annotate(
-                number(column), (column, bottom), (0, -5), textcoords="offset points",
-                ha="center", va="top", size=7.5, color=QUIET,
-            )  # fmt: skip
-        self.axes.annotate(
-            label, (0.5, 0), (0, -18), xycoords="axes fraction", textcoords="offset points",
-            ha="center", va="top", color=QUIET,
-        )  # fmt: skip
+            self.axes.text(column, bottom, number(column), transform=below, size=7.5, **style)
+        self.axes.text(0.5, 0, label, transform=self._shifted(self.axes.transAxes, 0, -18), **style)
+
+    def _shifted(self, transform: Any, x_points: float, y_points: float) -> Any:
+        from matplotlib.transforms import offset_copy
+
+        return offset_copy(transform, self._figure, x_points, y_points, units="points")
 
 
 class Canvas:
@@ -263,18 +262,18 @@ def number(value: float) -> str:
     return text if "e" not in text else f"{value:.2e}"
 
 
-_NUMBER = re.compile(r"-?\d+\.\d{2,}")
+_SPARE_DIGITS = re.compile(r"(\.\d)\d+")
 _GEOMETRY = re.compile(r'\b(?:d|x|y|width|height|transform|points|viewBox)="[^"]*"')
 _ID = re.compile(r'\s*\bid="([^"]*)"')
 _REFERENCE = re.compile(r'url\(#([^)]+)\)|href="#([^"]+)"')
 
 
 def _inline(svg: str, key: str, title: str, description: str) -> str:
-    """Matplotlib's SVG document as a small element for a page: own ids, rounded numbers, a title."""
+    """Matplotlib's SVG document as a small element for a page: own ids, one decimal, a title."""
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", body, flags=re.DOTALL)
-    body = re.sub(r"(?:'DejaVu Sans'|DejaVu Sans)(?:, sans-serif)?", _FONTS, body)
-    body = _GEOMETRY.sub(lambda m: _NUMBER.sub(lambda n: f"{float(n.group()):.1f}", m.group()), body)
+    body = re.sub(r" font-family: 'DejaVu Sans'[^;]*;| transform=\"rotate\(-0 [^)]*\)\"", "", body)
+    body = _GEOMETRY.sub(lambda match: _SPARE_DIGITS.sub(r"\1", match.group()), body)
     body = re.sub(r"\s*\n\s*", "\n", body)
     prefix = "g" + hashlib.sha256((key + title + body).encode()).hexdigest()[:10]
     body = _own_ids(body, prefix)
@@ -283,7 +282,7 @@ def _inline(svg: str, key: str, title: str, description: str) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'class="gpulab-plot" viewBox="{view.group(1) if view else ""}" role="img" '
-        f'aria-labelledby="{prefix}-t {prefix}-d">\n'
+        f'aria-labelledby="{prefix}-t {prefix}-d" style="font-family: {_FONTS}">\n'
         f'<title id="{prefix}-t">{escape(title)}</title>\n<desc id="{prefix}-d">{escape(description)}</desc>'
         f"{rest}"
     ).strip()

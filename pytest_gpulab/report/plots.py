@@ -90,8 +90,7 @@ def rate_vs_p95(
             _, shade, marker = _STABILITY[point.stable]
             _interval(panel.axes, "y", point.rate, point.p95, ceiling, shade)
             _dot(panel.axes, point.rate, min(point.p95.value, ceiling), shade, marker, point.stable == "undecided")
-            if not np.isfinite(point.p95.value):
-                panel.axes.annotate("∞", (point.rate, ceiling), (0, 5), textcoords="offset points", ha="center")
+            _mark_infinite(panel.axes, point.rate, ceiling, point.p95)
         panel.finish("offered rate (requests/s)", "p95 end to end (s)")
         text = "; ".join(f"{number(p.rate)} requests/s: {_figure(p.p95)}, {_STABILITY[p.stable][0]}" for p in points)
         return canvas.svg(key, f"{_knee_text(*knee)}. p95 end to end latency by rate: {text}.")
@@ -118,7 +117,7 @@ def _stability_key(points: Sequence[RatePoint], knee: tuple[float, float]) -> li
         entries.append(Entry("knee", "the shaded rates", _BAND, "s"))
     bars = "bars: interval over the repeats"
     if any(not np.isfinite(point.p95.value) for point in points):
-        bars += "; ∞: more than 5 % were never delivered"
+        bars += "; ∞: undelivered requests reach into the p95"
     return [*entries, Entry("", bars, "none")]
 
 
@@ -143,7 +142,9 @@ def latency_cdf(
     curves = [(arm, np.sort(latencies(arm.run, "e2e")), np.sort(latencies(arm.run, "ttft"))) for arm in shown]
     entries = [Entry(arm.label, _latency_text(e2e), colour(arm.index)) for arm, e2e, _ in curves]
     with drawing():
-        canvas = Canvas(title, "solid: end to end, dashed: first token", basis, _with_rest(entries, arms))
+        canvas = Canvas(
+            title, "first repeat; solid: end to end, dashed: first token", basis, _with_rest(entries, arms)
+        )
         panel = canvas.panels[0]
         right = _span_time(
             panel, np.concatenate([seconds for _, *pair in curves for seconds in pair] or [np.ones(1)])
@@ -168,7 +169,7 @@ def _latency_text(e2e: NDArray[Any]) -> str:
 def _share(value: float) -> str:
     """Per cent, never rounded up to 100."""
     percent = 100 * value
-    if percent in (0, 100) or percent == round(percent):
+    if abs(percent - round(percent)) < 1e-9:
         return f"{percent:.0f} %"
     return f"{min(percent, 99.99):.2f} %" if percent > 99 else f"{percent:.1f} %"
 
@@ -212,14 +213,17 @@ def queue_depth(
     if len(with_metrics) < len(arms):
         entries.append(Entry("", f"{len(arms) - len(with_metrics)} without server metrics", "none"))
     with drawing():
-        canvas = Canvas(title, "waiting above, running below", basis, _with_rest(entries, with_metrics), panels=2)
+        canvas = Canvas(
+            title, "first repeat; waiting above, running below", basis, _with_rest(entries, with_metrics), panels=2
+        )
         most = max(20, _CURVE_POINTS // (4 * max(1, len(shown))))
         end_s = max((float(arm.run.server["time"][-1]) for arm in shown), default=1.0)
         for panel, name in zip(canvas.panels, ("waiting", "running"), strict=True):
             top = 1.0
-            for arm in shown:
+            for place, arm in enumerate(shown):
+                width = 1.2 + 2.0 * (1 - (place + 1) / len(shown))  # equal curves stay visible below each other
                 time, depth = _decimate(arm.run.server["time"], arm.run.server[f"num_requests_{name}"], most)
-                panel.axes.plot(time, depth, drawstyle="steps-post", color=colour(arm.index), linewidth=1.2)
+                panel.axes.plot(time, depth, drawstyle="steps-post", color=colour(arm.index), linewidth=width)
                 top = max(top, float(depth.max()))
             panel.span_x(0, end_s or 1.0)
             panel.span_y(0, 1.08 * top)
@@ -282,10 +286,10 @@ def cost_vs_latency(
             _interval(panel.axes, "x", y, point.p95, right, colour(point.index))
             _interval(panel.axes, "y", x, cost, top, colour(point.index))
             _dot(panel.axes, x, y, colour(point.index), _shape(point), False)
+            _mark_infinite(panel.axes, x, y, point.p95, cost)
         if slo_s is not None:
             _mark_slo(panel.axes, slo_s)
-        edge = "; right edge: ∞" if any(not np.isfinite(point.p95.value) for point in shown) else ""
-        panel.finish(f"p95 end to end (s){edge}", "USD per 1,000 useful requests")
+        panel.finish("p95 end to end (s)", "USD per 1,000 useful requests")
         text = "; ".join(f"{entry.label}: {entry.detail}" for entry in entries)
         promise = "" if slo_s is None else f" SLO: p95 at most {number(slo_s)} s."
         return canvas.svg(key, f"Cost against latency. {text}.{promise}")
@@ -359,3 +363,9 @@ def _interval(axes: Any, along: str, other: float, figure: Figure, ceiling: floa
 def _dot(axes: Any, x: float, y: float, shade: str, marker: str, hollow: bool) -> None:
     face = "white" if hollow else shade
     axes.plot([x], [y], color=shade, marker=marker, markersize=6.5, markerfacecolor=face, linestyle="", zorder=3)
+
+
+def _mark_infinite(axes: Any, x: float, y: float, *figures: Figure) -> None:
+    """Write ∞ above a dot that stands for an infinite value: undelivered requests reach into the percentile."""
+    if any(not np.isfinite(figure.value) for figure in figures):
+        axes.annotate("∞", (x, y), (0, 5), textcoords="offset points", ha="center")

@@ -1,0 +1,215 @@
+"""The session's options: command line, then ini file, then default; wrong ones are UsageErrors that say what is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import pytest
+
+from pytest_gpulab.verdict import BASES
+
+if TYPE_CHECKING:
+    from pytest_gpulab.run import Basis
+
+T = TypeVar("T")
+
+EXCLUSIVE_TARGETS = ("vllm", "endpoint", "eks")
+"""Targets on which two clients at once would measure one another."""
+
+
+class _Option(NamedTuple):
+    default: str
+    metavar: str
+    help: str
+
+
+_OPTIONS = {
+    "target": _Option("sim", "NAME", "where experiments run"),
+    "accelerator": _Option("t4", "NAME", "accelerator under study, offered by the `accelerator` fixture"),
+    "max-repeats": _Option("24", "N", "most repeats a gate may pull: 6, 12, 18 or 24"),
+    "seed": _Option("0", "N", "seed of the first repeat; repeat i runs under seed N + i"),
+    "require": _Option("simulated", "BASIS", "weakest evidence that decides: simulated, emulated or measured"),
+    "gate": _Option("", "FILE", "committed decision record to hold this session against; exits 10 on a loss"),
+    "report-dir": _Option("reports", "DIR", "folder of the decision record"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Resolved and valid."""
+
+    target: str
+    accelerator: str
+    max_repeats: int
+    first_seed: int
+    require: Basis
+    gate: Path | None
+    report_dir: Path
+    explicit: bool
+    """At least one was given, on the command line or in the ini file."""
+
+    def __str__(self) -> str:
+        return (
+            f"target {self.target}, accelerator {self.accelerator}, seeds from {self.first_seed}, "
+            f"up to {self.max_repeats} repeats"
+            + (f", {self.require} evidence required" if self.require != "simulated" else "")
+            + (f", gate {self.gate}" if self.gate else "")
+        )
+
+
+OPTIONS_KEY = pytest.StashKey[Options]()
+
+
+def options_of(config: pytest.Config) -> Options:
+    """The session's options; KeyError before pytest_configure."""
+    return config.stash[OPTIONS_KEY]
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """Declare ``--gpulab-*`` and their twins ``gpulab_*``."""
+    group = parser.getgroup("gpulab", "decisions from LLM-serving measurements")
+    for name, option in _OPTIONS.items():
+        default = f" (default: {option.default})" if option.default else ""
+        group.addoption(
+            f"--gpulab-{name}",
+            dest=_key(name),
+            metavar=option.metavar,
+            default=None,
+            help=f"{option.help}{default}",
+        )
+        parser.addini(_key(name), f"{option.help}{default}", default="")
+
+
+def resolve_options(config: pytest.Config) -> Options:
+    """The options of this session. UsageError names the option, the value and what would be right."""
+    target = _checked(config, "target", _known_target)
+    most = _checked(config, "max-repeats", _look)
+    if target != _OPTIONS["target"].default:
+        from pytest_gpulab.targets import find_target
+
+        most = min(most, find_target(target).max_repeats)
+    options = Options(
+        target=target,
+        accelerator=_checked(config, "accelerator", _known_accelerator),
+        max_repeats=most,
+        first_seed=_checked(config, "seed", _seed),
+        require=_checked(config, "require", _basis),
+        gate=_path(config, "gate") if _given(config, "gate") else None,
+        report_dir=_path(config, "report-dir"),
+        explicit=any(_given(config, name) for name in _OPTIONS),
+    )
+    refuse_workers(target, config)
+    return options
+
+
+def refuse_workers(target: str, config: pytest.Config) -> None:
+    """UsageError for ``-n`` on a target that only one client may load."""
+    workers = config.getoption("tx", None) or config.getoption("numprocesses", None)
+    if target in EXCLUSIVE_TARGETS and workers:
+        raise pytest.UsageError(
+            f"--gpulab-target={target} runs one experiment at a time, because two clients would share one GPU; "
+            "leave out -n"
+        )
+
+
+def narrowing(config: pytest.Config) -> str:
+    """Which option leaves out a part of the catalog, as the user wrote it; empty when none does.
+
+    What the project's own ``addopts`` leaves out is not in its catalog and does not narrow.
+    """
+    project = _options_in(config.getini("addopts"))
+    for option, name in (("-k", "keyword"), ("-m", "markexpr")):
+        value = config.getoption(name, "")
+        if value and [value] != project[option][-1:]:
+            return f"{option} {value}"
+    for option in ("--deselect", "--ignore", "--ignore-glob"):
+        chosen = [str(value) for value in config.getoption(option.strip("-").replace("-", "_"), None) or ()]
+        if chosen != project[option]:
+            return f"{option}={chosen[-1]}"
+    for option, name in (("--lf", "lf"), ("--stepwise", "stepwise")):
+        if config.getoption(name, False):
+            return option
+    return next((arg for arg in config.args if "::" in arg), "")
+
+
+def _options_in(words: list[str]) -> dict[str, list[str]]:
+    """Values of the narrowing options among `words`, in order."""
+    values: dict[str, list[str]] = {name: [] for name in ("-k", "-m", "--deselect", "--ignore", "--ignore-glob")}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if name.startswith("--") and name in values:
+            values[name].append(value if equals or not rest else rest.pop(0))
+        elif word[:2] in ("-k", "-m") and not word.startswith("--"):
+            values[word[:2]].append(word[2:] if len(word) > 2 or not rest else rest.pop(0))
+    return values
+
+
+def _key(name: str) -> str:
+    return f"gpulab_{name.replace('-', '_')}"
+
+
+def _given(config: pytest.Config, name: str) -> bool:
+    return bool(config.getoption(_key(name)) or config.getini(_key(name)))
+
+
+def _text(config: pytest.Config, name: str) -> str:
+    given = config.getoption(_key(name))
+    return str(given if given is not None else config.getini(_key(name)) or _OPTIONS[name].default)
+
+
+def _checked(config: pytest.Config, name: str, convert: Callable[[str], T]) -> T:
+    try:
+        return convert(_text(config, name))
+    except ValueError as wrong:
+        where = f"--gpulab-{name}"
+        if config.getoption(_key(name)) is None:
+            where = f"{_key(name)} in {config.inipath}"
+        raise pytest.UsageError(f"{where}: {wrong}") from None
+
+
+def _known_target(name: str) -> str:
+    if name != _OPTIONS["target"].default:
+        from pytest_gpulab.targets import find_target
+
+        find_target(name)
+    return name
+
+
+def _known_accelerator(name: str) -> str:
+    from pytest_gpulab.accelerators import find_accelerator
+
+    return find_accelerator(name).name
+
+
+def _look(text: str) -> int:
+    from pytest_gpulab.rule import LOOKS
+
+    looks = [str(look.repeats) for look in LOOKS]
+    if text not in looks:
+        raise ValueError(f"must be a look of the rule ({', '.join(looks)}), got {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"must be a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
+def _basis(text: str) -> Basis:
+    for basis in BASES:
+        if basis == text:
+            return basis
+    raise ValueError(f"must be one of {', '.join(BASES)}, got {text!r}")
+
+
+def _path(config: pytest.Config, name: str) -> Path:
+    """A path of the command line counts from where pytest was called, one of the ini file from the root."""
+    from_command_line = config.getoption(_key(name)) is not None
+    base = config.invocation_params.dir if from_command_line else config.rootpath
+    return base / Path(_text(config, name)).expanduser()

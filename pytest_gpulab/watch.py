@@ -1,0 +1,288 @@
+"""One test item under watch: its ledger through setup, call and teardown, and what its reports then say.
+
+Invariants: an item keeps the first verdict it reached, whatever reruns it; a gate is only recorded while the
+item's own body runs; reports carry builtin types only, because they cross processes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_gpulab.markers import Entry, entry_of, statement_of
+from pytest_gpulab.options import options_of
+from pytest_gpulab.verdict import Ending, Judgement, demand, judge, weakest
+
+if TYPE_CHECKING:
+    from pytest_gpulab.gates import Ledger
+
+WATCH_KEY = pytest.StashKey["Watch"]()
+
+_PROPERTIES = ("verdict", "decision", "basis")
+
+
+class Watch:
+    """What one item shows, over all its attempts."""
+
+    def __init__(self, item: pytest.Item, entry: Entry) -> None:
+        from pytest_gpulab.gates import Ledger
+
+        self.item = item
+        self.entry = entry
+        self.ledger = Ledger(item.nodeid, in_test=False)
+        self.judgement: Judgement | None = None
+        self._evidence: dict[str, Any] | None = None
+
+    @property
+    def stands(self) -> bool:
+        """A verdict was reached in an earlier attempt."""
+        return self._evidence is not None and self._evidence["verdict"] is not None
+
+    def begin(self) -> None:
+        """Start an attempt; a verdict that stands stays."""
+        from pytest_gpulab.gates import Ledger
+
+        if not self.stands:
+            self.ledger = Ledger(self.item.nodeid, in_test=False)
+            self.judgement = None
+
+    def during(self, phase: str) -> Generator[None, Any, Any]:
+        """Run `phase` of the item with its ledger open; a refusal becomes a skip."""
+        from pytest_gpulab.gates import Blocked, collecting
+
+        self.ledger.in_test = phase == "call"
+        with collecting(self.ledger):
+            try:
+                return (yield)
+            except Blocked as refusal:
+                if phase == "teardown":
+                    raise
+                self.judgement = judge(self.ledger.gates, Ending("blocked", str(refusal)), gate_needed=False)
+                if self.judgement.verdict is None:
+                    raise pytest.fail.Exception(self.judgement.reason, pytrace=False) from None
+                raise pytest.skip.Exception(f"blocked: {refusal}") from None
+
+    def call(self) -> Generator[None, Any, Any]:
+        """Run the body and judge it. Errors of its own (a decision without a gate) are raised as failures."""
+        first = self.judgement if self.stands else None
+        result, ended = None, None
+        try:
+            result = yield from self.during("call")
+        except (KeyboardInterrupt, SystemExit, GeneratorExit, pytest.exit.Exception):
+            raise
+        except BaseException as exception:
+            ended = exception
+        if first is not None:
+            return self._keep(first, ended)
+        if self.judgement is None:
+            self.judgement = self._judge(_ending_of(ended))
+        if ended is None and self.judgement.verdict is None and self.judgement.reason:
+            raise pytest.fail.Exception(self.judgement.reason, pytrace=False)
+        if ended is not None and self.judgement.verdict not in ("open", "partial"):
+            raise self._explained(ended)
+        return result
+
+    def report(self, report: pytest.TestReport) -> None:
+        """Give `report` the outcome of the verdict, and the evidence once the item is judged."""
+        if report.when == "teardown":
+            if report.failed:
+                self._set_properties(report, None)
+            return
+        if hasattr(report, "wasxfail") and self.entry.decision is not None:
+            self.judgement = judge(self.ledger.gates, Ending("xfailed"), gate_needed=True)
+            del report.wasxfail
+            report.outcome, report.longrepr = "failed", self.judgement.reason
+        if self.judgement is None or (report.when == "setup" and report.passed):
+            return
+        if self.judgement.verdict == "blocked":
+            path, line, _ = self.item.location
+            report.longrepr = (path, (line or 0) + 1, f"Skipped: blocked: {self.judgement.reason}")
+        elif self.judgement.verdict in ("open", "partial") and report.passed:
+            report.outcome = "skipped"
+            report.wasxfail = self.judgement.reason
+        if not self.stands:
+            self._evidence = self._gather()
+        if self._evidence is not None:
+            report.gpulab = self._evidence
+            self._set_properties(report, self._evidence)
+            self._illustrate(report)
+
+    def _judge(self, ending: Ending) -> Judgement:
+        judgement = judge(self.ledger.gates, ending, gate_needed=self.entry.decision is not None)
+        basis = weakest(m.run(0).provenance.basis for m in self.ledger.measurements if _has_run(m))
+        return demand(judgement, basis, options_of(self.item.config).require)
+
+    def _keep(self, first: Judgement, ended: BaseException | None) -> None:
+        if ended is not None:
+            raise ended
+        if first.verdict == "rejected":
+            raise pytest.fail.Exception(f"the first verdict stands: rejected: {first.reason}", pytrace=False)
+
+    def _explained(self, ended: BaseException) -> BaseException:
+        """`ended`, with a note where it looks like evidence but is none."""
+        judgement = self.judgement or Judgement(None, "")
+        ordinary = self.entry.decision is None and not self.ledger.gates
+        if judgement.verdict is not None or ordinary or judgement.reason == _ending_of(ended).reason:
+            return ended
+        if isinstance(ended, Exception):
+            ended.add_note(f"gpulab: no verdict: {judgement.reason}")
+            return ended
+        return pytest.fail.Exception(judgement.reason, pytrace=False)
+
+    def _gather(self) -> dict[str, Any] | None:
+        """Everything the record needs, in builtin types; None for a test that turned out to be an ordinary one."""
+        from pytest_gpulab.gates import evidence_of
+
+        judgement = self.judgement or Judgement(None, "")
+        if self.entry.decision is None and not self.ledger.gates and judgement.verdict is None:
+            return None
+        # A measurement whose first run was refused has nothing to summarize.
+        self.ledger.measurements = [m for m in self.ledger.measurements if _has_run(m)]
+        evidence = evidence_of(self.ledger)
+        for gate in evidence["gates"]:
+            gate["file"] = _relative(gate["file"], self.item)
+        return {
+            "decision": self.entry.decision,
+            "statement": self.entry.statement,
+            "verdict": judgement.verdict,
+            "basis": weakest(run["basis"] for run in evidence["runs"]),
+            "reason": judgement.reason,
+            **evidence,
+        }
+
+    def _set_properties(self, report: pytest.TestReport, evidence: dict[str, Any] | None) -> None:
+        """JUnit reads the item's properties; consumers of the report see the same."""
+        kept = [pair for pair in self.item.user_properties if pair[0] not in _PROPERTIES]
+        kept += [(name, evidence[name]) for name in _PROPERTIES if evidence and evidence[name] is not None]
+        self.item.user_properties[:] = kept
+        report.user_properties = list(kept)
+
+    def _illustrate(self, report: pytest.TestReport) -> None:
+        config = self.item.config
+        if not (config.pluginmanager.hasplugin("html") and config.getoption("htmlpath", None)):
+            return
+        from pytest_gpulab.report.html import extras
+
+        own = extras(self.ledger, config, self._evidence, self.entry.statement)
+        report.extras = [*getattr(report, "extras", []), *own]
+
+
+# --- what the hooks call --------------------------------------------------------------------------------------
+
+
+def setup(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Wrap the setup phase; ordinary tests pass through."""
+    watch = item.stash.get(WATCH_KEY, None) or _new_watch(item)
+    if watch is None:
+        return (yield)
+    watch.begin()
+    return (yield from watch.during("setup"))
+
+
+def call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Wrap the call phase."""
+    watch = item.stash.get(WATCH_KEY, None)
+    return (yield) if watch is None else (yield from watch.call())
+
+
+def teardown(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Wrap the teardown phase."""
+    watch = item.stash.get(WATCH_KEY, None)
+    return (yield) if watch is None else (yield from watch.during("teardown"))
+
+
+def skip_body(item: pytest.Item) -> bool | None:
+    """True where a verdict stands already, so that a rerun does not ask again."""
+    watch = item.stash.get(WATCH_KEY, None)
+    return True if watch is not None and watch.stands else None
+
+
+def fixture_setup() -> Generator[None, Any, Any]:
+    """Close the ledger while a fixture is set up, also one that the test asks for while it runs."""
+    ledger = _open_ledger()
+    if ledger is None:
+        return (yield)
+    was, ledger.in_test = ledger.in_test, False
+    try:
+        return (yield)
+    finally:
+        ledger.in_test = was
+
+
+def make_report(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Wrap the making of a report."""
+    report = yield
+    watch = item.stash.get(WATCH_KEY, None)
+    if watch is not None:
+        watch.report(report)
+    return report
+
+
+def explain_comparison(left: object, right: object) -> list[str] | None:
+    """The numbers of the gate that just failed, for pytest's assertion message; None when it is no gate."""
+    evidence = sys.modules.get("pytest_gpulab.evidence")
+    ledger = _open_ledger()
+    if evidence is None or ledger is None or not ledger.gates:
+        return None
+    if not isinstance(left, evidence.Estimate) and not isinstance(right, evidence.Estimate):
+        return None
+    gate = ledger.gates[-1]
+    return [gate.text, gate.reason]
+
+
+def _new_watch(item: pytest.Item) -> Watch | None:
+    """A watch for catalogued items, and for any test once gates are loaded; None for an ordinary test."""
+    entry = entry_of(item)
+    if entry is None:
+        if "pytest_gpulab.gates" not in sys.modules:
+            return None
+        entry = Entry(item.nodeid, None, statement_of(item))
+    watch = item.stash[WATCH_KEY] = Watch(item, entry)
+    return watch
+
+
+def _open_ledger() -> Ledger | None:
+    gates = sys.modules.get("pytest_gpulab.gates")
+    return gates.current_ledger() if gates is not None else None
+
+
+def _ending_of(exception: BaseException | None) -> Ending:
+    if exception is None:
+        return Ending("passed")
+    text = str(exception)
+    reason = f"{type(exception).__name__}: {text.splitlines()[0]}" if text else type(exception).__name__
+    if isinstance(exception, pytest.skip.Exception):
+        return Ending("skipped", f"skipped: {exception.msg}")
+    if isinstance(exception, pytest.xfail.Exception):
+        return Ending("xfailed", reason)
+    if not isinstance(exception, AssertionError):
+        return Ending("raised", reason)
+    trace = exception.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return Ending("asserted", reason)
+    return Ending("asserted", reason, trace.tb_frame.f_code.co_filename, trace.tb_lineno)
+
+
+def _has_run(measurement: Any) -> bool:
+    """Whether there is a run to summarize: none where nothing was asked, or where the target refused or failed."""
+    if not measurement.pulled:
+        return False
+    try:
+        return bool(measurement.runs)
+    except Exception:
+        return False
+
+
+def _relative(file: str, item: pytest.Item) -> str:
+    """`file` from the root folder, in POSIX form: a record must not depend on where the project lies."""
+    from pathlib import Path
+
+    try:
+        return Path(file).relative_to(item.config.rootpath).as_posix()
+    except ValueError:
+        return Path(file).name
