@@ -31,7 +31,7 @@ def test_boundary(measure, profile, reference):
     rates = reference(RATES)
     served = profile.with_engine_args(**BOUNDED)
     knee = find_knee(
-        lambda rate: measure(steady(rate), served),
+        lambda rate: measure(steady(rate), served, label=f"{rate:.3g} req/s"),
         low=rates["low"],
         high=rates["high"],
         stable=lambda m: m.queue_delay <= 1.0,

@@ -305,7 +305,8 @@ class Comparison(Claim):
         reason = f"{left.label} {figure_text(left)} against {figure_text(right)}: {why}"
         if left_error or right_error:
             reason += f" (calibration error {max(left_error, right_error):.1%} included)"
-        if outcome == "held" and self.left.unit == "ratio" and result.held == result.repeats and not deterministic:
+        delivery = isinstance(self.right, float) and self.left.label.startswith("delivery ratio")
+        if outcome == "held" and delivery and result.held == result.repeats and not deterministic:
             reason += f"; up to {1 - 0.05 ** (1 / result.repeats):.0%} of runs could still fail"
         return Decided(outcome, reason, left, self.operator, right)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict
 
@@ -101,16 +101,6 @@ def collecting(ledger: Ledger) -> Iterator[Ledger]:
         yield ledger
     finally:
         _ledger.reset(token)
-
-
-def evidence_of(ledger: Ledger) -> dict[str, Any]:
-    """Gates and measurements of `ledger` in builtin types, fit for a test report that crosses processes."""
-    from pytest_gpulab.measurement import summarize
-
-    return {
-        "gates": [gate.model_dump(mode="json") for gate in ledger.gates],
-        "runs": [summarize(measurement).model_dump(mode="json") for measurement in ledger.measurements],
-    }
 
 
 class Blocked(Exception):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_gpulab import figures
 from pytest_gpulab.evidence import Estimate
 from pytest_gpulab.experiment import Direct, Profile, Workload
+from pytest_gpulab.gates import Ledger
 from pytest_gpulab.record import RunSummary
 from pytest_gpulab.run import Run
 
@@ -217,10 +218,11 @@ def describe(workload: Workload, profile: Profile) -> str:
     """A short name for an arm: its rate, and the engine arguments that differ from vLLM's defaults."""
     arrivals = workload.arrivals
     rate = getattr(arrivals, "rate", None)
-    parts = [f"{rate:g} req/s" if rate is not None else arrivals.kind]
+    parts = [f"{rate:.3g} req/s" if rate is not None else arrivals.kind]
     if arrivals.kind == "closed-loop":
         parts = [f"{arrivals.concurrency} users"]
-    parts += [f"{name}={value}" for name, value in profile.engine_args.model_dump(exclude_defaults=True).items()]
+    args = profile.engine_args.model_dump(exclude_defaults=True, exclude={"max_model_len"})
+    parts += [f"{name}={value}" for name, value in args.items()]
     if not isinstance(workload.admission, Direct):
         parts.append(workload.admission.kind)
     return ", ".join(parts)
@@ -274,3 +276,11 @@ def summarize(measurement: Measurement) -> RunSummary:
         ),
         problems=tuple(dict.fromkeys(problem for run in runs for problem in run.problems)),
     )
+
+
+def evidence_of(ledger: Ledger) -> dict[str, Any]:
+    """Gates and measurements of `ledger` in builtin types, fit for a test report that crosses processes."""
+    return {
+        "gates": [gate.model_dump(mode="json") for gate in ledger.gates],
+        "runs": [summarize(measurement).model_dump(mode="json") for measurement in ledger.measurements],
+    }

@@ -134,7 +134,7 @@ class Watch:
 
     def _gather(self) -> dict[str, Any] | None:
         """Everything the record needs, in builtin types; None for a test that turned out to be an ordinary one."""
-        from pytest_gpulab.gates import evidence_of
+        from pytest_gpulab.measurement import evidence_of
 
         judgement = self.judgement or Judgement(None, "")
         if self.entry.decision is None and not self.ledger.gates and judgement.verdict is None:

@@ -79,9 +79,16 @@ class Variant(_Coefficients):
     cpu: CpuCost
     front_end: FrontEndCost
     relative_error: float
-    """Median absolute relative error over the runs, each predicted by a fit without it."""
+    """How far absolute figures may be off: the larger of the two medians below."""
     runs: int
     """How many measured runs the fit used."""
+    leave_one_out: dict[str, float] = {}
+    """Median absolute relative error by figure, each run predicted by a fit without it."""
+    open_loop: dict[str, float] = {}
+    """Median and 90th percentile (``p50``, ``p90``) of the absolute relative errors of open-loop runs predicted by a
+    fit of the closed-loop runs alone; empty without such runs."""
+    assumed: dict[str, str] = {}
+    """Coefficients that the runs determine less than the starting value did, and where that came from."""
 
 
 class Calibration(_Coefficients):

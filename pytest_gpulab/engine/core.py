@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from pytest_gpulab.engine.cost import Load, StepCost
+from pytest_gpulab.engine.cost import StepCost, load_of
 from pytest_gpulab.engine.scheduler import Batch, Request, Scheduler, SchedulerConfig
 
 
@@ -38,8 +38,8 @@ class EngineCore:
         if not batch.chunks:
             self._in_flight.append((batch, self.now))
             return batch
-        load = Load.of(batch)
-        ready = self.now + self._cost.prepare(load)
+        load = load_of(batch)
+        ready = self.now + self._cost.prepare(load.decodes, load.prefills)
         launched = ready + self._cost.launch(load)
         self._gpu_free_at = max(max(ready, self._gpu_free_at) + self._cost.gpu(load), launched)
         self._in_flight.append((batch, self._gpu_free_at))

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 from pytest_gpulab.engine.calibration import Variant
 from pytest_gpulab.engine.scheduler import Batch
 
-GRAPH_TOKENS = 512
+GRAPH_TOKENS: Final = 512
 """Steps with prefill and more tokens in all than this run without CUDA graphs and pay the larger launch cost
 (vLLM's largest captured size)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What a step computes. One sequence decodes when it adds a single token behind its prompt, else it prefills.
+class Load(NamedTuple):
+    """What a step computes: the argument of the costs.
 
-    A decoding sequence reads its whole context, the new token included.
+    One sequence decodes when it adds a single token behind its prompt, else it prefills. A decoding sequence reads
+    its whole context, the new token included. `attended_tokens` is the sum over prefills of
+    chunk * (start + chunk / 2).
     """
 
     decodes: int
@@ -25,48 +26,84 @@ class Load:
     prefill_tokens: int
     attended_tokens: float
 
-    @classmethod
-    def of(cls, batch: Batch) -> Load:
-        """The load of a scheduled batch."""
-        decodes = context = prefills = tokens = 0
-        attended = 0.0
-        for request, start, chunk in batch.chunks:
-            if chunk == 1 and start >= request.prompt_tokens:
-                decodes += 1
-                context += start + 1
-            else:
-                prefills += 1
-                tokens += chunk
-                attended += chunk * (start + chunk / 2)
-        return cls(decodes, context, prefills, tokens, attended)
+
+def load_of(batch: Batch) -> Load:
+    """The load of a scheduled batch."""
+    decodes = context = prefills = tokens = 0
+    attended = 0.0
+    for request, start, chunk in batch.chunks:
+        if chunk == 1 and start >= request.prompt_tokens:
+            decodes += 1
+            context += start + 1
+        else:
+            prefills += 1
+            tokens += chunk
+            attended += chunk * (start + chunk / 2)
+    return Load(decodes, context, prefills, tokens, attended)
 
 
-@dataclass(frozen=True, slots=True)
 class StepCost:
     """Seconds of GPU and CPU for a step. `eager`: no CUDA graphs, so that every step launches its kernels."""
 
-    variant: Variant
-    eager: bool = False
+    __slots__ = (
+        "_eager",
+        "_launch_large",
+        "_launch_small",
+        "_per_attended",
+        "_per_context",
+        "_per_context_mixed",
+        "_per_decode",
+        "_per_prefill",
+        "_per_sequence",
+        "_per_token",
+        "_prepare",
+        "_step",
+    )
+
+    def __init__(self, variant: Variant, eager: bool = False) -> None:
+        gpu, cpu = variant.gpu, variant.cpu
+        self._step = gpu.step_s
+        self._per_token = gpu.per_token_s
+        self._per_decode = gpu.per_decode_s
+        self._per_context = gpu.per_context_token_s
+        self._per_context_mixed = gpu.per_context_token_mixed_s
+        self._per_attended = gpu.per_attended_token_s
+        self._prepare = cpu.step_s
+        self._per_sequence = cpu.per_sequence_s
+        self._per_prefill = cpu.per_prefill_s
+        self._launch_small = cpu.launch_small_s
+        self._launch_large = cpu.launch_large_s
+        self._eager = eager
 
     def gpu(self, load: Load) -> float:
         """Seconds on the GPU."""
-        gpu = self.variant.gpu
-        per_context = gpu.per_context_token_mixed_s if load.prefills else gpu.per_context_token_s
+        if load.prefills:
+            return (
+                max(self._step, self._per_token * (load.decodes + load.prefill_tokens))
+                + self._per_decode * load.decodes
+                + self._per_context_mixed * load.context_tokens
+                + self._per_attended * load.attended_tokens
+            )
+        return self.decode(load.decodes, load.context_tokens)
+
+    def decode(self, decodes: int, context_tokens: int) -> float:
+        """Seconds on the GPU for a step without prefill."""
         return (
-            max(gpu.step_s, gpu.per_token_s * (load.decodes + load.prefill_tokens))
-            + gpu.per_decode_s * load.decodes
-            + per_context * load.context_tokens
-            + gpu.per_attended_token_s * load.attended_tokens
+            max(self._step, self._per_token * decodes)
+            + self._per_decode * decodes
+            + self._per_context * context_tokens
         )
 
-    def prepare(self, load: Load) -> float:
-        """Seconds on the CPU before the GPU can start."""
-        cpu = self.variant.cpu
-        return cpu.step_s + cpu.per_sequence_s * load.decodes + cpu.per_prefill_s * load.prefills
+    def decode_growth(self, decodes: int) -> float:
+        """How many seconds longer the next decode step takes, because each sequence is a token longer then."""
+        return self._per_context * decodes
+
+    def prepare(self, decodes: int, prefills: int) -> float:
+        """Seconds on the CPU before the GPU can start a step of that many sequences."""
+        return self._prepare + self._per_sequence * decodes + self._per_prefill * prefills
 
     def launch(self, load: Load) -> float:
         """Seconds on the CPU while the GPU already runs; the step cannot end before."""
-        cpu = self.variant.cpu
-        if not load.prefills and not self.eager:
+        if not load.prefills and not self._eager:
             return 0.0
-        return cpu.launch_large_s if load.decodes + load.prefill_tokens > GRAPH_TOKENS else cpu.launch_small_s
+        return self._launch_large if load.decodes + load.prefill_tokens > GRAPH_TOKENS else self._launch_small

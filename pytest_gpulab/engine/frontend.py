@@ -15,18 +15,19 @@ not serve first in, first out. What vLLM 0.25 does, and what is modelled here:
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from typing import Any, Final
 
 from pytest_gpulab.engine.calibration import FrontEndCost
+from pytest_gpulab.engine.ramp import ramp_sum
 
-SLICE = 128
+SLICE: Final = 128
 """Outputs that are handled before the loop turns (VLLM_V1_OUTPUT_PROC_CHUNK_SIZE)."""
 
-INTAKE_TURNS = 20
+INTAKE_TURNS: Final = 20
 """Turns between a request's first byte and the engine: reading, validation in a worker thread, tasks, sending.
 Measured on a saturated loop: 0.21 s at turns of 10 ms."""
 
-EARLY_SHARE = 0.6
+EARLY_SHARE: Final = 0.6
 """Share of a request's work that is done in turns before the last: requests that come together pass these together,
 so the first of them waits for all. Measured on bursts of 16 to 128 requests."""
 
@@ -104,9 +105,7 @@ class FrontEnd:
             self.free_at = self._turn_at + work
         return self.free_at - self._per_chunk * (self._streamed - 1) / 2 + self._latency
 
-    def stream_steps(
-        self, ready: float, first: float, slope: float, floor: float, steps: int, tokens: int
-    ) -> None:
+    def stream_steps(self, ready: float, first: float, slope: float, floor: float, steps: int, tokens: int) -> None:
         """Stream `steps` steps of as many tokens each: the first returns at `ready`, gap j behind it is
         max(floor, first + j * slope) with slope >= 0.
         """
@@ -124,12 +123,3 @@ class FrontEnd:
     def refuse(self, taken_in: float) -> float:
         """When the client learns that a request, taken in at `taken_in`, cannot be served."""
         return taken_in + self._latency
-
-
-def ramp_sum(count: int, first: float, slope: float, floor: float) -> float:
-    """Sum over j < count of max(floor, first + j * slope), for slope >= 0."""
-    below = 0
-    if first < floor:
-        below = count if slope <= 0.0 else min(count, -int(-(floor - first) // slope))
-    above = count - below
-    return below * floor + above * (first + slope * (below + (above - 1) * 0.5))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 from pytest_gpulab.engine.blocks import BlockHashes, unique_hashes
 from pytest_gpulab.engine.client import Client
 from pytest_gpulab.engine.core import EngineCore

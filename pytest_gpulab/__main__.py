@@ -1,0 +1,7 @@
+"""``python -m pytest_gpulab``: the `gpulab` command."""
+
+import sys
+
+from pytest_gpulab.cli import main
+
+sys.exit(main())
