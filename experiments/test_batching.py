@@ -11,7 +11,7 @@ SHAPE = Shape(prompt_tokens=512, output_tokens=128)
 # Requests/s, and how many unanswered requests the client allows before it drops.
 RATES = {
     "t4": {"start": 2, "steady": 8, "burst": 16, "outstanding": 64},
-    "h200": {"start": 10, "steady": 40, "burst": 60, "outstanding": 256},
+    "h200": {"start": 10, "steady": 40, "burst": 60, "outstanding": 512},
 }
 
 CAPS = {
@@ -42,6 +42,6 @@ def traffic(request, reference) -> Workload:
 def test_dynamic_defaults_against_caps(measure, profile, reference, traffic, cap):
     default = measure(traffic, profile, label="dynamic default")
     capped = measure(traffic, profile.with_engine_args(**reference(CAPS)[cap]), label=cap)
-    assert default.delivery_ratio >= capped.delivery_ratio
-    assert default.p95 <= 0.9 * capped.p95
+    assert default.delivery_ratio > capped.delivery_ratio
+    assert default.p50 <= 0.9 * capped.p50
     assert default.output_tokens_per_s >= 1.05 * capped.output_tokens_per_s

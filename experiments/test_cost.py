@@ -12,7 +12,7 @@ SLO_P99_S = 5.0
 
 TRAFFIC = {
     "t4": {"steady": 8.0, "burst": 16.0, "outstanding": 64, "seqs": 8},
-    "h200": {"steady": 40.0, "burst": 60.0, "outstanding": 256, "seqs": 32},
+    "h200": {"steady": 40.0, "burst": 60.0, "outstanding": 512, "seqs": 32},
 }
 
 

@@ -12,7 +12,7 @@ BOUNDED = {"max_num_seqs": 32, "max_num_batched_tokens": 9216}
 # Requests/s: well within, the first rate that queues, and the range in which the knee is searched.
 RATES = {
     "t4": {"within": 0.75, "knee": 1.20, "beyond": 1.50, "low": 0.5, "high": 2.0},
-    "h200": {"within": 2.0, "knee": 3.2, "beyond": 4.0, "low": 1.5, "high": 6.0},
+    "h200": {"within": 2.0, "knee": 3.2, "beyond": 3.6, "low": 1.5, "high": 6.0},
 }
 
 
