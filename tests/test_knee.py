@@ -1,0 +1,88 @@
+"""The knee search, on a target whose knee is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pytest_gpulab import find_knee
+from pytest_gpulab.experiment import Constant, Profile, Shape, Workload
+from pytest_gpulab.gates import Ledger, collecting
+from pytest_gpulab.knee import Knee
+from pytest_gpulab.lab import Lab
+from pytest_gpulab.run import Run
+from tests.known import PROFILE, known_run
+
+
+class KneeAt:
+    """A server that answers in 1 s below its knee and in 100 s above it; close to it, in either, by the seed."""
+
+    name, basis, max_repeats, repeatable = "known", "measured", 24, False
+
+    def __init__(self, knee: float, blur: float = 0.0) -> None:
+        self.knee, self.blur = knee, blur
+
+    def run(self, workload: Workload, profile: Profile, seed: int) -> Run:
+        rate = workload.arrivals.rate  # type: ignore[union-attr]
+        near = abs(rate / self.knee - 1) < self.blur
+        slow = seed % 2 == 0 if near else rate > self.knee
+        return known_run(100.0 if slow else 1.0, seed=seed)
+
+
+def search(target: KneeAt, low: float = 0.5, high: float = 8.0, resolution: float = 0.1) -> Knee:
+    lab = Lab(target)  # type: ignore[arg-type]
+
+    def arm(rate: float):  # type: ignore[no-untyped-def]
+        workload = Workload(arrivals=Constant(rate=rate), shape=Shape(prompt_tokens=8, output_tokens=2), requests=200)
+        return lab.measure(workload, PROFILE)
+
+    return find_knee(arm, low=low, high=high, stable=lambda m: m.p95 <= 10.0, resolution=resolution)
+
+
+@settings(max_examples=30, deadline=None)
+@given(knee=st.floats(0.6, 7.5), resolution=st.floats(0.03, 0.5))
+def test_the_bracket_holds_the_knee_and_is_as_narrow_as_asked(knee: float, resolution: float) -> None:
+    found = search(KneeAt(knee), resolution=resolution)
+    assert found.stable_rate <= knee <= found.unstable_rate
+    assert found.unstable_rate / found.stable_rate <= 1 + resolution
+
+
+@pytest.mark.parametrize(("knee", "bracket"), [(0.1, (0.0, 0.5)), (20.0, (8.0, math.inf))])
+def test_a_knee_outside_the_range_is_not_invented(knee: float, bracket: tuple[float, float]) -> None:
+    found = search(KneeAt(knee))
+    assert (found.stable_rate, found.unstable_rate) == bracket
+
+
+def test_an_undecided_rate_ends_the_search_with_a_wide_bracket() -> None:
+    found = search(KneeAt(2.0, blur=0.3), resolution=0.05)
+    assert found.stable_rate < 2.0 * 0.7 * 1.01
+    assert found.unstable_rate > 2.0 * 1.3 * 0.99
+    assert {point.outcome for point in found.points} == {"held", "false", "undecided"}
+
+
+def test_a_knee_is_compared_by_its_whole_bracket() -> None:
+    with collecting(Ledger("item")) as ledger:
+        knee = search(KneeAt(3.0))
+        assert knee >= 2.0
+        assert knee <= 4.0
+        assert knee >= 3.0
+        with pytest.raises(AssertionError):
+            assert knee >= 6.0
+    assert [gate.outcome for gate in ledger.gates] == ["held", "held", "undecided", "false"]
+    assert ledger.knees == [knee]
+
+
+def test_knees_compare_with_a_margin() -> None:
+    slow, fast = search(KneeAt(1.0)), search(KneeAt(4.0))
+    assert (fast >= 2.0 * slow).decide().outcome == "held"
+    assert (slow >= fast).decide().outcome == "false"
+    assert (fast >= 4.0 * slow).decide().outcome == "undecided"
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (2, 1), (-1, 1), (1, math.inf)])
+def test_an_impossible_range_is_refused(low: float, high: float) -> None:
+    with pytest.raises(ValueError, match=f"0 < low < high requests/s, got low={low} and high={high}"):
+        search(KneeAt(1.0), low=low, high=high)
