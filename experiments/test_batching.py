@@ -40,8 +40,10 @@ def traffic(request, reference) -> Workload:
 @pytest.mark.decision("scheduler", "Keep vLLM dynamic defaults for small steady and burst traffic (512/128)")
 @pytest.mark.parametrize("cap", ["constrained", "limited"])
 def test_dynamic_defaults_against_caps(measure, profile, reference, traffic, cap):
-    default = measure(traffic, profile, label="dynamic default")
-    capped = measure(traffic, profile.with_engine_args(**reference(CAPS)[cap]), label=cap)
+    default = measure(traffic, profile, label=f"dynamic default, {traffic.arrivals.kind}")
+    capped = measure(
+        traffic, profile.with_engine_args(**reference(CAPS)[cap]), label=f"{cap}, {traffic.arrivals.kind}"
+    )
     assert default.delivery_ratio > capped.delivery_ratio
     assert default.p50 <= 0.9 * capped.p50
     assert default.output_tokens_per_s >= 1.05 * capped.output_tokens_per_s

@@ -26,8 +26,9 @@ def test_batching_lowers_cost(measure, profile, reference, traffic):
         duration_s=120,
         admission=Direct(max_outstanding=setting["outstanding"]),
     )
-    batched = measure(workload, profile, label="dynamic batching")
-    limited = measure(workload, profile.with_engine_args(max_num_seqs=setting["seqs"]), label="limited batching")
+    batched = measure(workload, profile, label=f"dynamic batching, {traffic}")
+    few = profile.with_engine_args(max_num_seqs=setting["seqs"])
+    limited = measure(workload, few, label=f"limited batching, {traffic}")
 
     assert batched.cost_per_useful_request(e2e_s=SLO_P99_S) <= 0.9 * limited.cost_per_useful_request(e2e_s=SLO_P99_S)
     caveat(batched.p95 <= SLO_P95_S, "p95 misses the 2 s SLO")

@@ -28,9 +28,7 @@ def test_fp8_kv_cache(measure, profile, reference):
 
 @pytest.mark.decision("fp4", "Blackwell FP4 beats BF16 on cost at equal accuracy")
 def test_fp4_on_blackwell(measure):
-    workload = Workload(
-        arrivals=Poisson(rate=20), shape=Shape(prompt_tokens=512, output_tokens=128), duration_s=120
-    )
+    workload = Workload(arrivals=Poisson(rate=20), shape=Shape(prompt_tokens=512, output_tokens=128), duration_s=120)
     bf16 = Profile(model="llama-3.1-8b", accelerator="b200")
     fp4 = bf16.with_engine_args(quantization="modelopt_fp4")
     cost = measure(workload, fp4).cost_per_useful_request(e2e_s=2.0)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pytest_gpulab.serving.command import add_serve
+
 if TYPE_CHECKING:
     from pytest_gpulab.engine.fit import Prediction
 
@@ -27,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gpulab", description="Tools around pytest-gpulab's experiments.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_fit(commands)
+    add_serve(commands)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The session's options: command line, then ini file, then default; wrong ones are UsageErrors that say what is right."""
+"""The session's options: command line, then ini file, then default; a wrong one says what would be right."""
 
 from __future__ import annotations
 

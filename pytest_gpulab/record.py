@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import tempfile
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from pytest_gpulab.gates import Figure, Gate
 from pytest_gpulab.run import Basis
@@ -72,3 +76,84 @@ class Decision(_Part):
     gates: tuple[Gate, ...]
     runs: tuple[RunSummary, ...]
     provenance: Provenance
+
+
+class Problem(_Part):
+    """An item that gave no verdict, and why."""
+
+    nodeid: str
+    decision: str | None
+    """The decision that stays open because of it; None for evidence that no decision claims."""
+    reason: str
+
+
+class Evidence(_Part):
+    """An item with gates that no decision claims; its statement is the first line of its docstring."""
+
+    nodeid: str
+    statement: str
+    verdict: Verdict | None
+    """None: the item is named under errors or missing."""
+    basis: Basis | None
+    reason: str
+    gates: tuple[Gate, ...]
+    runs: tuple[RunSummary, ...]
+
+
+class SessionInfo(_Part):
+    """How the session was run. All times of a record are here: the rest depends on the experiments and seeds only."""
+
+    started: str
+    """ISO 8601, UTC."""
+    seconds: float = Field(ge=0)
+    first_seed: int
+    max_repeats: int
+    require: Basis
+    narrowed: str
+    """What kept the session from running the whole catalog; empty in a full record."""
+
+
+class Record(_Part):
+    """All decisions of a session. Lists are sorted by id or node id, whatever order the items ran in."""
+
+    schema_version: Literal[1] = 1
+    target: str
+    accelerator: str
+    session: SessionInfo
+    decisions: tuple[Decision, ...]
+    evidence: tuple[Evidence, ...]
+    errors: tuple[Problem, ...]
+    """Items that crashed."""
+    missing: tuple[Problem, ...]
+    """Items that were collected and gave no verdict without crashing: never run, or skipped."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing was asked: no decision, no evidence, and no item that should have given some."""
+        return not (self.decisions or self.evidence or self.errors or self.missing)
+
+    def to_json(self) -> str:
+        """Canonical text: keys in the order of the model, infinities as strings, one final newline."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` whole, or leave it as it was. OSError when the folder cannot be written."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def schema_json() -> str:
+    """The JSON schema of a record, as committed in ``reports/decision-record.schema.json``."""
+    schema = Record.model_json_schema(mode="serialization")
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    return json.dumps(schema, indent=2) + "\n"

@@ -6,13 +6,12 @@ Pure functions: nothing here knows of pytest or loads anything heavy.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from pytest_gpulab.gates import Gate
+    from pytest_gpulab.record import Verdict
     from pytest_gpulab.run import Basis
-
-Verdict: TypeAlias = Literal["supported", "caveated", "partial", "rejected", "open", "blocked"]
 
 BASES: tuple[Basis, ...] = ("simulated", "emulated", "measured")
 """Weakest first."""
@@ -61,11 +60,7 @@ def judge(gates: Sequence[Gate], ending: Ending, *, gate_needed: bool) -> Judgem
 
 def _judge_refuted(refuted: Sequence[Gate], ending: Ending) -> Judgement:
     last = refuted[-1]
-    ended_it = (
-        ending.kind == "asserted"
-        and ending.file == last.file
-        and last.line <= ending.line <= last.last_line
-    )
+    ended_it = ending.kind == "asserted" and ending.file == last.file and last.line <= ending.line <= last.last_line
     swallowed = refuted[0] if len(refuted) > 1 or not ended_it else None
     if swallowed is None:
         return Judgement("rejected", last.reason)
@@ -82,9 +77,7 @@ def _judge_passed(gates: Sequence[Gate], gate_needed: bool) -> Judgement:
     if not claims:
         if not gate_needed:
             return Judgement(None, "")
-        return Judgement(
-            None, "a decision needs a gate: assert a comparison of estimates, such as `m.p95 <= 2.0`"
-        )
+        return Judgement(None, "a decision needs a gate: assert a comparison of estimates, such as `m.p95 <= 2.0`")
     undecided = [gate for gate in claims if gate.outcome == "undecided"]
     unmet = [gate for gate in gates if gate.role == "requires" and gate.outcome != "held"]
     if undecided or unmet:

@@ -106,7 +106,7 @@ class Watch:
         if not self.stands:
             self._evidence = self._gather()
         if self._evidence is not None:
-            report.gpulab = self._evidence
+            report.__dict__["gpulab"] = self._evidence
             self._set_properties(report, self._evidence)
             self._illustrate(report)
 
@@ -167,7 +167,7 @@ class Watch:
         from pytest_gpulab.report.html import extras
 
         own = extras(self.ledger, config, self._evidence, self.entry.statement)
-        report.extras = [*getattr(report, "extras", []), *own]
+        report.__dict__["extras"] = [*getattr(report, "extras", []), *own]
 
 
 # --- what the hooks call --------------------------------------------------------------------------------------

@@ -75,8 +75,20 @@ def lone_run(c: dict[str, float], prompt: int, output: int, factor: float = 1.0)
     )
 
 
-SHAPES = [(64, 200), (512, 50), (2048, 2), (2048, 200), (4096, 20), (8000, 2), (8000, 100), (60000, 200)]
-TRUTH = dict(zip(NAMES, start("llama-3.1-8b", "h200"), strict=True)) | {
+SHAPES = [
+    (64, 200),
+    (512, 50),
+    (2048, 2),
+    (2048, 200),
+    (4096, 20),
+    (8000, 2),
+    (8000, 100),
+    (30000, 200),
+    (60000, 50),
+    (60000, 200),
+    (120000, 100),
+]
+TRUTH = dict(zip(NAMES, start("llama-3.1-8b", "h200").tolist(), strict=False)) | {
     "gpu.step_s": 6.1e-3,
     "gpu.per_token_s": 2.9e-5,
     "gpu.per_context_token_s": 5e-8,
@@ -86,9 +98,20 @@ TRUTH = dict(zip(NAMES, start("llama-3.1-8b", "h200"), strict=True)) | {
 
 def test_finds_the_coefficients_that_generated_the_runs():
     cases = [Case.of(lone_run(TRUTH, *shape)) for shape in SHAPES]
-    found = dict(zip(NAMES, fit_vector(cases, start("llama-3.1-8b", "h200")), strict=True))
-    for name in ("gpu.step_s", "gpu.per_token_s", "gpu.per_context_token_s", "gpu.per_attended_token_s"):
-        assert found[name] == pytest.approx(TRUTH[name], rel=0.05), name
+    vector = fit_vector(cases, start("llama-3.1-8b", "h200"))
+    for case in cases:
+        assert np.abs(case.errors(variant_of(vector))).max() < 0.02, case.run.name
+    found = dict(zip(NAMES, vector.tolist(), strict=False))
+    for name in ("gpu.step_s", "gpu.per_token_s", "gpu.per_attended_token_s"):
+        assert found[name] == pytest.approx(TRUTH[name], rel=0.03), name
+    # The starting value pulls at a term that makes up little of the figures.
+    assert found["gpu.per_context_token_s"] == pytest.approx(TRUTH["gpu.per_context_token_s"], rel=0.15)
+
+
+def test_the_engine_takes_as_long_as_the_costs_say():
+    truth = variant_of(np.array([*(TRUTH[name] for name in NAMES), 1.0]))
+    for shape in SHAPES:
+        assert np.abs(Case.of(lone_run(TRUTH, *shape)).errors(truth)).max() < 1e-9
 
 
 def test_runs_that_say_nothing_about_a_term_leave_it_where_it_starts():
@@ -184,7 +207,7 @@ ROW = {
     "n_out": 4,
     "arrival": None,
     "concurrency": 1,
-    "server_flags": ["--max-num-seqs", "16"],
+    "server_flags": ["--max-num-seqs", "16", "--max-model-len", "1600"],
     "kv_cache_tokens": 1600,
     "vllm": "0.25.1",
     "requests": [REQUEST],
@@ -298,4 +321,4 @@ def test_the_command_refuses(tmp_path, capsys, output, words):
 def test_without_scipy_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "scipy.optimize", None)
     with pytest.raises(ImportError, match=r"pip install 'pytest-gpulab\[fit\]'"):
-        fit_vector([Case.of(lone_run(TRUTH, 64, 2))], np.ones(len(TERMS)))
+        fit_vector([Case.of(lone_run(TRUTH, 64, 2))], np.ones(len(TERMS) + 1))

@@ -82,6 +82,9 @@ class Variant(_Coefficients):
     """How far absolute figures may be off: the larger of the two medians below."""
     runs: int
     """How many measured runs the fit used."""
+    traced_host: float = 1.0
+    """How many times longer the host took in runs that were measured with tracing: fitted along with the costs, which
+    are those without."""
     leave_one_out: dict[str, float] = {}
     """Median absolute relative error by figure, each run predicted by a fit without it."""
     open_loop: dict[str, float] = {}

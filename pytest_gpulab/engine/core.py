@@ -40,8 +40,8 @@ class EngineCore:
             return batch
         load = load_of(batch)
         ready = self.now + self._cost.prepare(load.decodes, load.prefills)
-        launched = ready + self._cost.launch(load)
-        self._gpu_free_at = max(max(ready, self._gpu_free_at) + self._cost.gpu(load), launched)
+        launched = ready + self._cost.launch(load.decodes, load.prefill_tokens)
+        self._gpu_free_at = max(max(ready, self._gpu_free_at) + self._cost.gpu(*load), launched)
         self._in_flight.append((batch, self._gpu_free_at))
         self.now = launched
         return batch

@@ -13,7 +13,7 @@ GRAPH_TOKENS: Final = 512
 
 
 class Load(NamedTuple):
-    """What a step computes: the argument of the costs.
+    """What a step computes, in the order of `StepCost.gpu`.
 
     One sequence decodes when it adds a single token behind its prompt, else it prefills. A decoding sequence reads
     its whole context, the new token included. `attended_tokens` is the sum over prefills of
@@ -75,16 +75,18 @@ class StepCost:
         self._launch_large = cpu.launch_large_s
         self._eager = eager
 
-    def gpu(self, load: Load) -> float:
-        """Seconds on the GPU."""
-        if load.prefills:
-            return (
-                max(self._step, self._per_token * (load.decodes + load.prefill_tokens))
-                + self._per_decode * load.decodes
-                + self._per_context_mixed * load.context_tokens
-                + self._per_attended * load.attended_tokens
-            )
-        return self.decode(load.decodes, load.context_tokens)
+    def gpu(
+        self, decodes: int, context_tokens: int, prefills: int, prefill_tokens: int, attended_tokens: float
+    ) -> float:
+        """Seconds on the GPU for the load of a step."""
+        if prefills == 0:
+            return self.decode(decodes, context_tokens)
+        return (
+            max(self._step, self._per_token * (decodes + prefill_tokens))
+            + self._per_decode * decodes
+            + self._per_context_mixed * context_tokens
+            + self._per_attended * attended_tokens
+        )
 
     def decode(self, decodes: int, context_tokens: int) -> float:
         """Seconds on the GPU for a step without prefill."""
@@ -102,8 +104,8 @@ class StepCost:
         """Seconds on the CPU before the GPU can start a step of that many sequences."""
         return self._prepare + self._per_sequence * decodes + self._per_prefill * prefills
 
-    def launch(self, load: Load) -> float:
+    def launch(self, decodes: int, prefill_tokens: int) -> float:
         """Seconds on the CPU while the GPU already runs; the step cannot end before."""
-        if not load.prefills and not self._eager:
+        if prefill_tokens == 0 and not self._eager:
             return 0.0
-        return self._launch_large if load.decodes + load.prefill_tokens > GRAPH_TOKENS else self._launch_small
+        return self._launch_large if decodes + prefill_tokens > GRAPH_TOKENS else self._launch_small

@@ -35,7 +35,7 @@ TERMS = tuple(
     for part, cost in (("gpu", GpuCost), ("cpu", CpuCost), ("front_end", FrontEndCost))
     for name in cost.model_fields
 )
-"""The coefficients, in the order of a vector."""
+"""The coefficients, in the order of a vector; behind them it holds `Variant.traced_host`."""
 
 START: Mapping[str, float] = {
     "cpu.step_s": 2e-3,
@@ -98,12 +98,21 @@ _NUDGE = 0.02  # relative step of the slopes
 def variant_of(vector: Vector) -> Variant:
     """A variant with these coefficients and nothing known about its errors."""
     costs: dict[str, dict[str, float]] = {"gpu": {}, "cpu": {}, "front_end": {}}
-    for (part, name), value in zip(TERMS, vector, strict=True):
+    for (part, name), value in zip(TERMS, vector[:-1], strict=True):
         costs[part][name] = float(value)
-    return Variant.model_validate({**costs, "relative_error": 0.0, "runs": 0})
+    return Variant.model_validate({**costs, "traced_host": vector[-1], "relative_error": 0.0, "runs": 0})
 
 
-_NOTHING = variant_of(np.zeros(len(TERMS)))
+def _traced(variant: Variant) -> Variant:
+    """The variant on a host that tracing slows down."""
+    slower = {
+        part: cost.model_copy(update={name: value * variant.traced_host for name, value in cost})
+        for part, cost in (("cpu", variant.cpu), ("front_end", variant.front_end))
+    }
+    return variant.model_copy(update=slower)
+
+
+_NOTHING = variant_of(np.zeros(len(TERMS) + 1))
 
 
 @dataclass(frozen=True)
@@ -129,7 +138,7 @@ class Case:
 
     def predict(self, variant: Variant) -> Vector:
         """The same figures, simulated."""
-        outcome = run_plan(replace(self.plan, variant=variant))
+        outcome = run_plan(replace(self.plan, variant=_traced(variant) if self.run.traced else variant))
         table = outcome.request_table(self.plan.schedule)
         table["ok"] &= table["last_token"] <= self.run.until_s
         if not table["ok"].any():
@@ -160,12 +169,12 @@ def start(model_name: str, accelerator: str, engine: str = "") -> Vector:
         "gpu.per_context_token_mixed_s": 1.5 * context_s,
         "gpu.per_attended_token_s": 4 * model.layers * model.hidden_size / operations_per_s,
     }
-    return np.array([values[f"{part}.{name}"] for part, name in TERMS])
+    return np.array([*(values[f"{part}.{name}"] for part, name in TERMS), 1.0])
 
 
 def vector_of(variant: Variant) -> Vector:
-    """The coefficients of a variant."""
-    return np.array([getattr(getattr(variant, part), name) for part, name in TERMS])
+    """The coefficients of a variant, and how much longer tracing makes the host take."""
+    return np.array([*(getattr(getattr(variant, part), name) for part, name in TERMS), variant.traced_host])
 
 
 def fit_vector(cases: Sequence[Case], prior: Vector) -> Vector:
@@ -336,7 +345,7 @@ def fit_calibration(runs: Sequence[MeasuredRun], *, source: str, check: bool = T
 
 def _from_base(base: Vector, factors: Mapping[str, tuple[float, str]], sheet: Vector) -> Vector:
     """Where a variant starts: the base's coefficients times what the format should change."""
-    scaled = base * [factors.get(f"{part}.{term}", (1.0, ""))[0] for part, term in TERMS]
+    scaled = base * [*(factors.get(f"{part}.{term}", (1.0, ""))[0] for part, term in TERMS), 1.0]
     return np.maximum(scaled, 0.01 * sheet)
 
 
@@ -346,7 +355,7 @@ def _assumed(
     """The coefficients whose slopes weigh less than the prior: the runs hardly see them. `factors`: of a variant."""
     slope, _ = _linear(cases, vector, prior)
     assumed = {}
-    for (part, term), seen in zip(TERMS, np.linalg.norm(slope, axis=0), strict=True):
+    for (part, term), seen in zip(TERMS, np.linalg.norm(slope[:, :-1], axis=0), strict=True):
         if seen >= PRIOR_WEIGHT:
             continue
         key = f"{part}.{term}"

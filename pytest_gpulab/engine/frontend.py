@@ -78,11 +78,11 @@ class FrontEnd:
         start = max(sent, self._intake_free_at)
         wait = max(0.0, min(self.free_at - start, INTAKE_TURNS * self._turn_s))
         latest = start + work + wait + self._prompt_token_latency * prompt_tokens
-        for other in reversed(self.inbox):
-            if other[0] <= sent:
-                break
-            other[0] += EARLY_SHARE * work
         if self.inbox:
+            for other in reversed(self.inbox):
+                if other[0] <= sent:
+                    break
+                other[0] += EARLY_SHARE * work
             latest = max(latest, self.inbox[-1][0])
         self.inbox.append([latest, request])
         if self._turn_at > sent:

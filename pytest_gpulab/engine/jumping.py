@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytest_gpulab.engine.client import Client
-from pytest_gpulab.engine.cost import Load, StepCost
+from pytest_gpulab.engine.cost import StepCost
 from pytest_gpulab.engine.frontend import FrontEnd
 from pytest_gpulab.engine.outcome import SAMPLE_EVERY_S, Outcome, totals
 from pytest_gpulab.engine.plan import Plan
@@ -200,15 +200,18 @@ class _Jumping:
             prefills += 1
             prefill_tokens += chunk
             budget -= chunk
-        load = Load(decodes, self._context, prefills, prefill_tokens, attended)
-        step = _Step(decodes + len(firsts), firsts, self._scheduled(1))
-        self._start_decoding(firsts, step.lasts)
+        gpu_s = self._cost.gpu(decodes, self._context, prefills, prefill_tokens, attended)
         prepared = self._now + self._cost.prepare(decodes, prefills)
-        launched = prepared + self._cost.launch(load)
-        self._launch(step, max(max(prepared, self._flight_end) + self._cost.gpu(load), launched), launched)
+        launched = prepared + self._cost.launch(decodes, prefill_tokens)
+        lasts = self._start_decoding(firsts, self._scheduled(1))
+        step = _Step(decodes + len(firsts), firsts, lasts)
+        self._launch(step, max(max(prepared, self._flight_end) + gpu_s, launched), launched)
 
-    def _start_decoding(self, firsts: list[int], lasts: list[int]) -> None:
-        """The prompts of `firsts` are complete: from the next step on they decode, unless one token is all."""
+    def _start_decoding(self, firsts: list[int], lasts: list[int]) -> list[int]:
+        """The prompts of `firsts` are complete: from the next step on they decode, unless one token is all.
+
+        Returns `lasts` and those.
+        """
         for request in firsts:
             more = self._outputs[request] - 1
             if more:
@@ -216,15 +219,18 @@ class _Jumping:
                 self._context += self._prompts[request] + 1
                 heappush(self._ends, (self._step + more) * self._count + request)
             else:
-                lasts.append(request)
+                lasts = [*lasts, request]
+        return lasts
 
     def _scheduled(self, steps: int) -> list[int]:
         """Count steps in which all decode. Returns the requests for which the last of them is their last."""
         self._step += steps
         self._context += steps * self._decodes
-        lasts: list[int] = []
         ends, count = self._ends, self._count
         limit = (self._step + 1) * count
+        if not ends or ends[0] >= limit:
+            return NONE
+        lasts: list[int] = []
         while ends and ends[0] < limit:
             request = heappop(ends) % count
             lasts.append(request)

@@ -69,6 +69,8 @@ class MeasuredRun:
     vllm: str
     kv_cache_tokens: int | None = None
     """What the server reported at start-up."""
+    traced: bool = False
+    """Measured with time stamps taken inside the server, which slows its host down."""
     until_s: float = math.inf
     """Answers after this time from the run's start were not counted."""
 
@@ -180,6 +182,7 @@ def _run_of(line: _Line) -> MeasuredRun:
         open_loop=open_loop,
         vllm=line.text_of("vllm"),
         kv_cache_tokens=line.count_of("kv_cache_tokens"),
+        traced=row.get("traced", False) is True,
     )
 
 

@@ -55,9 +55,7 @@ def run_plan(plan: Plan) -> Outcome:
         return run_stepping(plan)
 
 
-def make_plan(
-    profile: Profile, workload: Workload, calibration: Calibration, variant: Variant, seed: int
-) -> Plan:
+def make_plan(profile: Profile, workload: Workload, calibration: Calibration, variant: Variant, seed: int) -> Plan:
     """What a driver needs: the schedule, the scheduler's settings and the costs."""
     return Plan(
         workload=workload,

@@ -1,0 +1,106 @@
+"""What tests of the plugin share: a project with experiments on a target of known truth."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import pytest
+
+# Loaded here so that inner sessions, which forget what they imported, do not load numpy a second time.
+import pytest_gpulab.baseline
+import pytest_gpulab.lab
+import pytest_gpulab.outcomes
+import pytest_gpulab.record
+import pytest_gpulab.report.html
+import pytest_gpulab.report.markdown
+import tests.known  # noqa: F401
+from pytest_gpulab.record import Decision, Record
+
+CONFTEST = """
+import pytest
+
+from pytest_gpulab.gates import TargetRefused
+from tests.known import WORKLOAD, arm, known_lab, known_run
+
+
+def run(profile, seed):
+    seconds = profile.engine_args.max_num_seqs
+    if seconds == 500:
+        raise TargetRefused("no such machine")
+    if seconds == 501:
+        raise RuntimeError("server fell over")
+    if seconds == 7:  # a coin: no number of repeats decides against 2 s
+        seconds = 1 + 2 * (seed % 2)
+    return known_run(float(seconds), seed=seed, basis=BASIS)
+
+
+BASIS = "simulated"
+
+
+@pytest.fixture(scope="session")
+def lab():
+    return known_lab(run, basis=BASIS)
+
+
+@pytest.fixture
+def served(measure):
+    '''served(n): a measurement whose answers take n seconds.'''
+    return lambda seconds: measure(WORKLOAD, arm(seconds), label=f"{seconds} s")
+
+
+@pytest.fixture
+def coin(served):
+    return served(7)
+"""
+
+HEAD = """
+import pytest
+from pytest_gpulab import any_of, blocked, caveat, requires
+decision = pytest.mark.decision
+"""
+
+
+class Project:
+    """A project under test; its experiments may use `served(n)` (answers take n s) and `coin` (1 s or 3 s)."""
+
+    def __init__(self, pytester: pytest.Pytester) -> None:
+        self.pytester = pytester
+        self.path = pytester.path
+        pytester.makeconftest(CONFTEST)
+
+    def write(self, body: str, name: str = "test_exp.py") -> Project:
+        """Write experiments; the usual imports are added."""
+        Path(self.path, name).write_text(HEAD + textwrap.dedent(body))
+        return self
+
+    def run(self, *arguments: str) -> pytest.RunResult:
+        """A session in this process."""
+        return self.pytester.runpytest_inprocess("-p", "no:cacheprovider", *arguments)
+
+    def spawn(self, *arguments: str) -> pytest.RunResult:
+        """A session in its own process."""
+        return self.pytester.runpytest_subprocess(*arguments, timeout=60)
+
+    def file(self, suffix: str = ".json") -> Path:
+        return Path(self.path, "reports", f"decision-record{suffix}")
+
+    @property
+    def record(self) -> Record:
+        return Record.model_validate_json(self.file().read_bytes())
+
+    @property
+    def partial(self) -> Record:
+        return Record.model_validate_json(self.file(".partial.json").read_bytes())
+
+    def decision(self, id: str = "d") -> Decision:
+        return next(decision for decision in self.record.decisions if decision.id == id)
+
+
+@pytest.fixture
+def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """An empty project on the known target."""
+    root = str(Path(__file__).parents[1])
+    monkeypatch.setenv("PYTHONPATH", root)
+    monkeypatch.syspath_prepend(root)
+    return Project(pytester)

@@ -1,0 +1,347 @@
+"""From what happens in a test to the verdict: every row of the table, and the awkward cases of use."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.conftest import Project
+
+
+def one(body: str, *, mark: str = '@decision("d", "It holds")') -> str:
+    """An experiment `test_it` with this body."""
+    lines = "\n".join(f"    {line}" for line in body.strip().splitlines())
+    return f"{mark}\ndef test_it(served, coin):\n{lines}\n"
+
+
+VERDICTS = {
+    "supported": ("assert served(1).p50 <= 2.0", {"passed": 1}, "supported"),
+    "caveated by a false one": (
+        'assert served(1).p50 <= 2.0\ncaveat(served(3).p95 <= 2.0, "misses the SLO")',
+        {"passed": 1},
+        "caveated",
+    ),
+    "caveated by an undecided one": (
+        'assert served(1).p50 <= 2.0\ncaveat(coin.p95 <= 2.0, "may miss")',
+        {"passed": 1},
+        "caveated",
+    ),
+    "rejected": ("assert served(3).p50 <= 2.0", {"failed": 1}, "rejected"),
+    "open": ("assert coin.p50 <= 2.0", {"xfailed": 1}, "open"),
+    "partial": ("assert served(1).p50 <= 2.0\nassert coin.p50 <= 2.0", {"xfailed": 1}, "partial"),
+    "partial whatever the order": (
+        "assert coin.p50 <= 2.0\nassert served(1).p50 <= 2.0",
+        {"xfailed": 1},
+        "partial",
+    ),
+    "rejected after an undecided gate": (
+        "assert coin.p50 <= 2.0\nassert served(3).p50 <= 2.0",
+        {"failed": 1},
+        "rejected",
+    ),
+    "open by an unmet requirement": (
+        'requires(served(3).p50 <= 2.0, "underutilized")\nassert served(1).p50 <= 2.0',
+        {"xfailed": 1},
+        "open",
+    ),
+    "partial by an unmet requirement": (
+        'assert served(1).p50 <= 2.0\nrequires(served(3).p50 <= 2.0, "underutilized")\nassert served(1).p95 <= 2.0',
+        {"xfailed": 1},
+        "partial",
+    ),
+    "partial by a requirement that nothing follows": (
+        'assert served(1).p50 <= 2.0\nrequires(served(3).p50 <= 2.0, "underutilized")',
+        {"xfailed": 1},
+        "partial",
+    ),
+    "blocked": ('blocked("no capacity")', {"skipped": 1}, "blocked"),
+    "blocked by the target": ("assert served(500).p50 <= 2.0", {"skipped": 1}, "blocked"),
+    "any_of held": ("assert any_of(served(3).p50 <= 2.0, served(1).p50 <= 2.0)", {"passed": 1}, "supported"),
+    "any_of false": ("assert any_of(served(3).p50 <= 2.0, served(4).p50 <= 2.0)", {"failed": 1}, "rejected"),
+    "a chain": ("assert 0.5 <= served(1).p50 <= 2.0", {"passed": 1}, "supported"),
+    "a false chain": ("assert 0.5 <= served(3).p50 <= 2.0", {"failed": 1}, "rejected"),
+    "and": ("assert served(1).p50 <= 2.0 and served(3).p50 <= 2.0", {"failed": 1}, "rejected"),
+    "a gate over several lines": (
+        "assert (\n    served(3).p50\n    <= 2.0\n), 'too slow'",
+        {"failed": 1},
+        "rejected",
+    ),
+    "a gate in a loop": ("for n in (1, 3):\n    assert served(n).p50 <= 2.0", {"failed": 1}, "rejected"),
+}
+
+
+@pytest.mark.parametrize(("body", "outcomes", "verdict"), VERDICTS.values(), ids=VERDICTS)
+def test_verdict(project: Project, body: str, outcomes: dict[str, int], verdict: str) -> None:
+    project.write(one(body)).run().assert_outcomes(**outcomes)
+    found = project.decision()
+    assert found.verdict == verdict
+    assert [item.verdict for item in found.items] == [verdict]
+    assert not project.record.errors
+    assert not project.record.missing
+
+
+ERRORS = {
+    "no gate": ("pass", "a decision needs a gate"),
+    "only a caveat": ('caveat(served(3).p50 <= 2.0, "slow")', "a decision needs a gate"),
+    "a plain assertion": ("assert served(1).p50 <= 2.0\nassert 1 == 2", "an assertion failed that is no gate"),
+    "a plain assertion on a gate's line": (
+        "assert served(1).p50 <= 2.0 and 1 == 2",
+        "an assertion failed that is no gate",
+    ),
+    "a crash": ("assert served(1).p50 <= 2.0\nraise RuntimeError('boom')", "RuntimeError: boom"),
+    "a crash of the target": ("assert served(501).p50 <= 2.0", "RuntimeError: server fell over"),
+    "pytest.fail": ("pytest.fail('no')", "Failed: no"),
+    "a false gate swallowed": (
+        "try:\n    assert served(3).p50 <= 2.0\nexcept AssertionError:\n    pass",
+        "a false gate did not end the test: `served(3).p50 <= 2.0`",
+    ),
+    "a false gate swallowed by raises": (
+        "with pytest.raises(AssertionError):\n    assert served(3).p50 <= 2.0",
+        "a false gate did not end the test",
+    ),
+    "a false gate swallowed, then another": (
+        "for n in (3, 4):\n    try:\n        assert served(n).p50 <= 2.0\n"
+        "    except AssertionError:\n        if n == 4: raise",
+        "a false gate did not end the test",
+    ),
+    "a false gate swallowed, then a crash": (
+        "try:\n    assert served(3).p50 <= 2.0\nfinally:\n    raise KeyError('x')",
+        "a false gate did not end the test",
+    ),
+    "a false gate swallowed, then blocked": (
+        "try:\n    assert served(3).p50 <= 2.0\nexcept AssertionError:\n    blocked('no')",
+        "a false gate did not end the test",
+    ),
+    "a gate under or": ("assert served(1).p50 <= 2.0 or True", "TypeError"),
+    "pytest.xfail": ("assert served(1).p50 <= 2.0\npytest.xfail('known')", "xfail together with gates"),
+}
+
+
+@pytest.mark.parametrize(("body", "reason"), ERRORS.values(), ids=ERRORS)
+def test_error_is_no_verdict(project: Project, body: str, reason: str) -> None:
+    project.write(one(body)).run().assert_outcomes(failed=1)
+    assert project.decision().verdict == "open"
+    assert [item.verdict for item in project.decision().items] == [None]
+    (error,) = project.record.errors
+    assert (error.nodeid, error.decision) == ("test_exp.py::test_it", "d")
+    assert reason in error.reason
+
+
+def test_gate_in_a_helper_rejects(project: Project) -> None:
+    project.write(
+        """
+        def check(m):
+            assert m.p50 <= 2.0
+
+        @decision("d", "It holds")
+        def test_it(served):
+            check(served(3))
+        """
+    ).run().assert_outcomes(failed=1)
+    assert project.decision().verdict == "rejected"
+    assert project.decision().gates[0].line == 7
+
+
+def test_gate_in_a_helper_of_another_file_rejects(project: Project) -> None:
+    project.write("def check(m):\n    assert m.p50 <= 2.0\n", "checks.py")
+    project.write(one("from checks import check\ncheck(served(3))")).run().assert_outcomes(failed=1)
+    assert project.decision().verdict == "rejected"
+    assert project.decision().gates[0].file == "checks.py"
+
+
+@pytest.mark.parametrize("how", ["served(3).p50 <= 2.0", "coin.p50 <= 2.0", "served(1).p50 <= 2.0"])
+@pytest.mark.parametrize("where", ["setup", "teardown", "asked for by the test"])
+def test_gate_in_a_fixture_is_an_error(project: Project, how: str, where: str) -> None:
+    before, after = (how, "True") if where != "teardown" else ("True", how)
+    project.write(
+        f"""
+        @pytest.fixture
+        def checked(served, coin):
+            assert {before}
+            yield
+            assert {after}
+
+        @decision("d", "It holds")
+        def test_it(served, request{"" if where == "asked for by the test" else ", checked"}):
+            if {where == "asked for by the test"}:
+                request.getfixturevalue("checked")
+            assert served(1).p95 <= 2.0
+        """
+    )
+    assert project.run().ret == 1
+    assert project.decision().verdict == "open"
+    assert "not in a fixture" in project.record.errors[0].reason
+
+
+def test_blocked_in_a_fixture_blocks(project: Project) -> None:
+    project.write(
+        """
+        @pytest.fixture
+        def machine():
+            blocked("no p6-b200 capacity")
+
+        @decision("d", "It holds")
+        def test_it(served, machine):
+            assert served(1).p95 <= 2.0
+        """
+    )
+    result = project.run("-rs")
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["*blocked: no p6-b200 capacity*"])
+    assert project.decision().verdict == "blocked"
+    assert project.decision().reason == "no p6-b200 capacity"
+
+
+def test_crash_in_a_fixture_is_an_error(project: Project) -> None:
+    project.write(
+        """
+        @pytest.fixture
+        def broken():
+            yield
+            raise OSError("still in use")
+
+        @decision("d", "It holds")
+        def test_it(served, broken):
+            assert served(1).p95 <= 2.0
+        """
+    ).run().assert_outcomes(passed=1, errors=1)
+    assert project.decision().verdict == "open"
+    assert project.record.errors[0].reason == "teardown failed: OSError: still in use"
+
+
+def test_other_skip_is_missing(project: Project) -> None:
+    project.write(one("pytest.skip('not today')")).run().assert_outcomes(skipped=1)
+    assert project.decision().verdict == "open"
+    assert project.record.missing[0].reason == "skipped: not today"
+    project.write(one("pass", mark='@pytest.mark.skip(reason="never")\n@decision("d", "It holds")'))
+    project.run().assert_outcomes(skipped=1)
+    assert project.record.missing[0].reason == "skipped: never"
+
+
+@pytest.mark.parametrize("option", ["--assert=plain", "--runxfail", "--tb=native", "-s"])
+def test_verdicts_do_not_depend_on_how_pytest_shows_them(project: Project, option: str) -> None:
+    project.write(
+        one("assert coin.p50 <= 2.0", mark='@decision("open", "It is open")')
+        + one("assert served(3).p50 <= 2.0", mark='@decision("no", "It is no")').replace("test_it", "test_no")
+    )
+    # Without rewriting, inner modules must be loaded anew: a process of its own.
+    project.spawn(option, "-p", "no:cacheprovider").assert_outcomes(xfailed=1, failed=1)
+    assert project.decision("open").verdict == "open"
+    assert project.decision("no").verdict == "rejected"
+
+
+def test_undecided_says_why(project: Project) -> None:
+    result = project.write(one("assert coin.p50 <= 2.0")).run("-rx", "-v")
+    result.stdout.fnmatch_lines(["*test_it OPEN*", "OPEN*test_it - p50 e2e*undecided after 24*"])
+
+
+def test_failure_shows_the_numbers(project: Project) -> None:
+    result = project.write(one("assert served(3).p50 <= 2.0")).run()
+    result.stdout.fnmatch_lines(["E *p50 e2e of 3 s 3 s against 2 s: 6 of 6 repeats refuted it"])
+
+
+def test_weaker_evidence_than_required_leaves_the_question_open(project: Project) -> None:
+    body = one("assert served(1).p50 <= 2.0", mark='@decision("yes", "Yes")') + one(
+        "assert served(3).p50 <= 2.0", mark='@decision("no", "No")'
+    ).replace("test_it", "test_no")
+    project.write(body).run("--gpulab-require=measured").assert_outcomes(xfailed=2)
+    for id, otherwise in (("yes", "supported"), ("no", "rejected")):
+        assert project.decision(id).verdict == "open"
+        assert project.decision(id).basis == "simulated"
+        assert f"simulated evidence, measured is required; it would be {otherwise}" in project.decision(id).reason
+    conftest = (project.path / "conftest.py").read_text().replace('BASIS = "simulated"', 'BASIS = "measured"')
+    (project.path / "conftest.py").write_text(conftest)
+    project.run("--gpulab-require=measured").assert_outcomes(passed=1, failed=1)
+    assert project.decision("yes").verdict == "supported"
+
+
+def test_first_verdict_stands_under_reruns(project: Project) -> None:
+    project.write(
+        """
+        seen = []
+
+        @decision("flaky", "It holds at the second try")
+        def test_flaky(served):
+            seen.append(1)
+            assert served(4 - len(seen)).p50 <= 2.5
+
+        @decision("infra", "It holds once the crash is over")
+        def test_infra(served):
+            seen.append(2)
+            if seen.count(2) == 1:
+                raise OSError("lost the connection")
+            assert served(1).p50 <= 2.0
+        """
+    )
+    result = project.run("--reruns", "2", "-p", "pytest_rerunfailures")
+    result.assert_outcomes(failed=1, passed=1)
+    result.stdout.fnmatch_lines(["*the first verdict stands: rejected*"])
+    assert project.decision("flaky").verdict == "rejected"
+    assert project.decision("infra").verdict == "supported"
+    assert not project.record.errors
+
+
+def test_evidence_without_a_decision(project: Project) -> None:
+    project.write(
+        '''
+        def test_shows_something(served):
+            """TTFT stays low.
+
+            More words.
+            """
+            assert served(1).p50 <= 2.0
+
+        def test_measures_and_decides_nothing(served):
+            served(1)
+
+        def test_plain():
+            pass
+
+        def test_undecided(coin):
+            assert coin.p50 <= 2.0
+        '''
+    ).run().assert_outcomes(passed=3, xfailed=1)
+    assert not project.record.decisions
+    assert [(e.nodeid, e.statement, e.verdict) for e in project.record.evidence] == [
+        ("test_exp.py::test_shows_something", "TTFT stays low.", "supported"),
+        ("test_exp.py::test_undecided", "", "open"),
+    ]
+
+
+def test_items_of_one_decision_combine(project: Project) -> None:
+    project.write(
+        """
+        @decision("d", "It holds")
+        @pytest.mark.parametrize("n", [1, 3], ids=["quick", "slow"])
+        def test_it(served, n):
+            assert served(n).p50 <= 2.0
+
+        @decision("e", "It holds")
+        @pytest.mark.parametrize("n", [1, 7])
+        def test_e(served, n):
+            assert served(n).p50 <= 2.0
+
+        @decision("f", "It holds")
+        class TestF:
+            def test_a(self, served):
+                assert served(1).p50 <= 2.0
+            def test_b(self):
+                blocked("no")
+        """
+    ).run()
+    assert project.decision("d").verdict == "rejected"
+    assert project.decision("d").reason.startswith("test_it[slow]: ")
+    assert project.decision("e").verdict == "partial"
+    assert project.decision("f").verdict == "blocked"
+
+
+def test_unittest_and_subtests_cannot_hide_a_false_gate(project: Project) -> None:
+    project.write(
+        """
+        @decision("d", "It holds")
+        def test_it(served, subtests):
+            with subtests.test("hidden"):
+                assert served(3).p50 <= 2.0
+        """
+    ).run()
+    assert project.decision().verdict == "open"
+    assert "did not end the test" in project.record.errors[0].reason
