@@ -236,6 +236,9 @@ class Claim(ABC):
     def sources(self) -> tuple[Measurement, ...]:
         """The measurements that decide it."""
 
+    def __repr__(self) -> str:
+        return f"<{self._recorded.reason}>" if self._recorded else f"<claim {self.text}>"
+
     def __bool__(self) -> bool:
         """False only when refuted. An undecided gate does not raise: the item ends as open instead.
 

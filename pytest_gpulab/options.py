@@ -56,8 +56,13 @@ class Options:
             f"target {self.target}, accelerator {self.accelerator}, seeds from {self.first_seed}, "
             f"up to {self.max_repeats} repeats"
             + (f", {self.require} evidence required" if self.require != "simulated" else "")
-            + (f", gate {self.gate}" if self.gate else "")
+            + (f", gate {shown(self.gate)}" if self.gate else "")
         )
+
+
+def shown(path: Path) -> str:
+    """`path` as short as it can be said from here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 OPTIONS_KEY = pytest.StashKey[Options]()

@@ -155,5 +155,12 @@ def write_atomically(path: Path, text: str) -> None:
 def schema_json() -> str:
     """The JSON schema of a record, as committed in ``reports/decision-record.schema.json``."""
     schema = Record.model_json_schema(mode="serialization")
+    for name in ("value", "low", "high"):
+        number = schema["$defs"]["Figure"]["properties"][name]
+        number["anyOf"] = [{"type": number.pop("type")}, {"enum": ["Infinity", "-Infinity", "NaN"]}]
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
     return json.dumps(schema, indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    print(schema_json(), end="")

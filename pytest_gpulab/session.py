@@ -7,6 +7,7 @@ which nothing asked for evidence leaves no trace.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
 import time
@@ -121,7 +122,8 @@ class Session:
     def note_collection(self, report: pytest.CollectReport) -> None:
         """A folder or file that cannot be collected may hold decisions."""
         if report.failed:
-            self._collection_errors[report.nodeid] = f"could not be collected: {_last_line(report.longreprtext)}"
+            last = self._from_root(_last_line(report.longreprtext))
+            self._collection_errors[report.nodeid] = f"could not be collected: {last}"
 
     # --- running --------------------------------------------------------------------------------------------
 
@@ -143,7 +145,7 @@ class Session:
             self._catalog.setdefault(report.nodeid, Entry(report.nodeid, evidence["decision"], evidence["statement"]))
         verdict = evidence["verdict"] if evidence is not None else None
         if report.outcome == "failed" and verdict is None:
-            outcome.error = _crash(report, evidence)
+            outcome.error = self._from_root(_crash(report, evidence))
         elif report.outcome == "skipped" and verdict is None and not hasattr(report, "wasxfail"):
             outcome.skipped = _skip_reason(report)
         outcome.done = report.when not in ("setup", "call")
@@ -151,6 +153,10 @@ class Session:
     def note_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
         """Remember what ended the session before its end."""
         self._stopped = str(excinfo.value) or type(excinfo.value).__name__
+
+    def _from_root(self, text: str) -> str:
+        """`text` with paths counted from the root folder: a record must not depend on where the project lies."""
+        return text.replace(f"{self.config.rootpath}{os.sep}", "")
 
     # --- the end --------------------------------------------------------------------------------------------
 

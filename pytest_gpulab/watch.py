@@ -6,6 +6,7 @@ item's own body runs; reports carry builtin types only, because they cross proce
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
@@ -149,7 +150,7 @@ class Watch:
             "statement": self.entry.statement,
             "verdict": judgement.verdict,
             "basis": weakest(run["basis"] for run in evidence["runs"]),
-            "reason": judgement.reason,
+            "reason": judgement.reason.replace(f"{self.item.config.rootpath}{os.sep}", ""),
             **evidence,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import textwrap
 from pathlib import Path
 
@@ -54,6 +55,9 @@ def coin(served):
     return served(7)
 """
 
+QUICK = ("-p", "no:hypothesispytest", "-p", "no:anyio")
+"""Plugins that experiments have no use for, and that take longer to load than a session here runs."""
+
 HEAD = """
 import pytest
 from pytest_gpulab import any_of, blocked, caveat, requires
@@ -76,11 +80,12 @@ class Project:
 
     def run(self, *arguments: str) -> pytest.RunResult:
         """A session in this process."""
-        return self.pytester.runpytest_inprocess("-p", "no:cacheprovider", *arguments)
+        linecache.checkcache()  # experiments may have been written anew
+        return self.pytester.runpytest_inprocess(*QUICK, *arguments)
 
     def spawn(self, *arguments: str) -> pytest.RunResult:
         """A session in its own process."""
-        return self.pytester.runpytest_subprocess(*arguments, timeout=60)
+        return self.pytester.runpytest_subprocess(*QUICK, *arguments, timeout=60)
 
     def file(self, suffix: str = ".json") -> Path:
         return Path(self.path, "reports", f"decision-record{suffix}")

@@ -217,14 +217,14 @@ def test_other_skip_is_missing(project: Project) -> None:
     assert project.record.missing[0].reason == "skipped: never"
 
 
-@pytest.mark.parametrize("option", ["--assert=plain", "--runxfail", "--tb=native", "-s"])
+@pytest.mark.parametrize("option", ["--assert=plain", "--runxfail", "--tb=native"])
 def test_verdicts_do_not_depend_on_how_pytest_shows_them(project: Project, option: str) -> None:
     project.write(
         one("assert coin.p50 <= 2.0", mark='@decision("open", "It is open")')
         + one("assert served(3).p50 <= 2.0", mark='@decision("no", "It is no")').replace("test_it", "test_no")
     )
-    # Without rewriting, inner modules must be loaded anew: a process of its own.
-    project.spawn(option, "-p", "no:cacheprovider").assert_outcomes(xfailed=1, failed=1)
+
+    project.run(option).assert_outcomes(xfailed=1, failed=1)
     assert project.decision("open").verdict == "open"
     assert project.decision("no").verdict == "rejected"
 
@@ -272,7 +272,7 @@ def test_first_verdict_stands_under_reruns(project: Project) -> None:
             assert served(1).p50 <= 2.0
         """
     )
-    result = project.run("--reruns", "2", "-p", "pytest_rerunfailures")
+    result = project.run("--reruns", "2")
     result.assert_outcomes(failed=1, passed=1)
     result.stdout.fnmatch_lines(["*the first verdict stands: rejected*"])
     assert project.decision("flaky").verdict == "rejected"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,10 +52,9 @@ def times(most: float) -> st.SearchStrategy[float]:
     return st.just(0.0) | st.floats(most / 1000, most)
 
 
-# Costs on one grid would let events coincide up to rounding, and then either order is right: pi is on no grid.
 COSTS = st.builds(
     lambda step, **costs: variant(step_s=step, front_per_request_s=1e-4, front_latency_s=1e-3, **costs),
-    step=st.floats(1e-4, 2e-2).map(lambda seconds: seconds * math.pi / 3),
+    step=st.floats(1e-4, 2e-2),
     per_token_s=times(1e-4),
     per_decode_s=times(1e-4),
     per_context_token_s=times(1e-6),
@@ -133,6 +133,25 @@ def assert_same_tables(ours: np.ndarray, others: np.ndarray, tolerance: float) -
         np.testing.assert_allclose(ours[name], others[name], rtol=0, atol=tolerance, err_msg=name)
 
 
+def assert_same_outcomes(drawn: Plan, ours: Outcome, others: Outcome, tolerance: float = 1e-9) -> None:
+    assert_same_tables(ours.request_table(drawn.schedule), others.request_table(drawn.schedule), tolerance)
+    assert_same_tables(ours.server_table(), others.server_table(), tolerance)
+    assert ours.totals == pytest.approx(others.totals, abs=1e-6)
+    assert ours.ended == pytest.approx(others.ended, abs=tolerance)
+
+
+def events_coincide(drawn: Plan, stepped: Outcome) -> bool:
+    """Whether the oracle itself changes when its costs do by less than matters: then rounding orders the events."""
+    for factor in (1 - 1e-10, 1 + 1e-10):
+        gpu = drawn.variant.gpu.model_copy(update={"step_s": drawn.variant.gpu.step_s * factor})
+        nearly = replace(drawn, variant=drawn.variant.model_copy(update={"gpu": gpu}))
+        try:
+            assert_same_outcomes(drawn, run_stepping(nearly), stepped, 1e-6)
+        except AssertionError:
+            return True
+    return False
+
+
 @settings(max_examples=300, deadline=None)
 @given(plans())
 def test_jumping_equals_stepping(drawn):
@@ -141,12 +160,15 @@ def test_jumping_equals_stepping(drawn):
     except NeedsStepping as reason:
         event(f"refused: {reason}")
         return
-    event("compared")
     stepped = run_stepping(drawn)
-    assert_same_tables(jumped.request_table(drawn.schedule), stepped.request_table(drawn.schedule), 1e-9)
-    assert_same_tables(jumped.server_table(), stepped.server_table(), 1e-9)
-    assert jumped.totals == pytest.approx(stepped.totals, abs=1e-6)
-    assert jumped.ended == pytest.approx(stepped.ended, abs=1e-9)
+    try:
+        assert_same_outcomes(drawn, jumped, stepped)
+    except AssertionError:
+        if not events_coincide(drawn, stepped):
+            raise
+        event("two events coincide")
+    else:
+        event("compared")
 
 
 @pytest.mark.parametrize(

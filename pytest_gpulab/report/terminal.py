@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
 
+from pytest_gpulab.options import shown
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
@@ -129,14 +131,15 @@ def _lines(session: Session) -> list[str]:
         lines.append(f"{session.options}")
     if session.written is not None and session.record is not None:
         why = session.record.session.narrowed
-        lines.append(f"record: {session.written}" + (f" (partial: {why})" if why else ""))
+        lines.append(f"record: {shown(session.written)}" + (f" (partial: {why})" if why else ""))
     if session.failure:
         lines.append(session.failure)
     return lines
 
 
 def _against(session: Session) -> list[str]:
-    name = session.options.gate
+    assert session.options.gate is not None
+    name = shown(session.options.gate)
     if not session.changes:
         return [f"baseline {name}: no verdict changed"]
     return [f"baseline {name}:", *(f"  {_change(change)}" for change in session.changes)]

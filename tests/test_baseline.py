@@ -1,0 +1,173 @@
+"""``--gpulab-gate``: what counts as lost, and the exit status."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pytest_gpulab.baseline import Change
+from tests.conftest import Project
+
+STUDY = """
+@decision("{id}", "It holds")
+def test_{id}(served, coin):
+    {body}
+"""
+BODIES = {
+    "supported": "assert served(1).p50 <= 2.0",
+    "caveated": "assert served(1).p50 <= 2.0; caveat(served(3).p95 <= 2.0, 'slow')",
+    "partial": "assert served(1).p50 <= 2.0; assert coin.p50 <= 2.0",
+    "rejected": "assert served(3).p50 <= 2.0",
+    "open": "assert coin.p50 <= 2.0",
+    "blocked": "blocked('no capacity')",
+    "error": "raise OSError('gone')",
+    "plain skip": "pytest.skip('no')",
+}
+
+
+def studies(**verdicts: str) -> str:
+    """One study a keyword, which ends with the verdict named."""
+    return "".join(STUDY.format(id=id, body=BODIES[verdict]) for id, verdict in verdicts.items())
+
+
+@pytest.fixture
+def gated(project: Project):  # type: ignore[no-untyped-def]
+    """gated(before, after, *options): the session of studies `after` against a record of studies `before`."""
+
+    def run(before: dict[str, str], after: dict[str, str], *options: str, **files: str) -> pytest.RunResult:
+        project.write(studies(**before)).run()
+        project.file().rename(project.path / "baseline.json")
+        project.write(studies(**after) + files.get("more", ""))
+        return project.run("--gpulab-gate=baseline.json", *options)
+
+    return run
+
+
+@pytest.mark.parametrize("before", ["supported", "caveated", "partial", "rejected", "open", "blocked"])
+@pytest.mark.parametrize("after", ["supported", "caveated", "partial", "rejected", "open", "blocked", "error"])
+def test_exit_status(gated, before: str, after: str) -> None:  # type: ignore[no-untyped-def]
+    result = gated({"d": before}, {"d": after})
+    good = ("supported", "caveated")
+    if after == "error":
+        assert result.ret == 1
+    elif before in good and after not in good:
+        assert result.ret == 10
+        result.stdout.fnmatch_lines([f"*lost * d: {before} -> {after}*"])
+    elif after == "rejected" and before != "rejected":
+        assert result.ret == 1  # a red test that is no known rejection
+    else:
+        assert result.ret == 0
+    if before == after:
+        result.stdout.fnmatch_lines(["baseline *: no verdict changed"])
+    elif before not in good and after in good:
+        result.stdout.fnmatch_lines([f"*improved * d: {before} -> {after}*"])
+
+
+def test_decision_not_run_is_lost(gated) -> None:  # type: ignore[no-untyped-def]
+    result = gated({"a": "supported", "b": "supported"}, {"a": "supported"})
+    assert result.ret == 10
+    result.stdout.fnmatch_lines(["*not run * b: supported -> not run*"])
+
+
+def test_narrowed_session_has_not_run_the_rest(gated) -> None:  # type: ignore[no-untyped-def]
+    assert gated({"a": "supported", "b": "supported"}, {"a": "supported", "b": "supported"}, "-k", "test_a").ret == 10
+
+
+def test_nothing_of_the_catalog_was_run(gated) -> None:  # type: ignore[no-untyped-def]
+    result = gated({"a": "supported"}, {}, more="def test_plain(): ...\n")
+    assert result.ret == 10
+    result.stdout.fnmatch_lines(["*not run * a: supported -> not run*"])
+
+
+def test_skipped_decision_is_lost(gated) -> None:  # type: ignore[no-untyped-def]
+    assert gated({"a": "supported"}, {"a": "plain skip"}).ret == 10
+
+
+def test_new_decision_is_reported(gated) -> None:  # type: ignore[no-untyped-def]
+    result = gated({"a": "supported"}, {"a": "supported", "b": "open"})
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["*new * b: absent -> open*"])
+
+
+def test_any_error_is_1_even_beside_a_loss(gated) -> None:  # type: ignore[no-untyped-def]
+    assert gated({"a": "supported", "b": "open"}, {"a": "rejected", "b": "error"}).ret == 1
+
+
+def test_a_red_plain_test_is_not_quiet(gated) -> None:  # type: ignore[no-untyped-def]
+    assert gated({"a": "rejected"}, {"a": "rejected"}, more="def test_plain():\n    assert 0\n").ret == 1
+
+
+def test_stopping_at_a_known_rejection_leaves_the_rest_not_run(gated) -> None:  # type: ignore[no-untyped-def]
+    assert gated({"a": "rejected", "b": "supported"}, {"a": "rejected", "b": "supported"}, "-x").ret == 10
+
+
+def test_known_rejection_of_evidence_is_quiet(project: Project) -> None:
+    project.write("def test_it(served):\n    assert served(3).p50 <= 2.0\n").run()
+    project.file().rename(project.path / "baseline.json")
+    assert project.run("--gpulab-gate=baseline.json").ret == 0
+    project.write("def test_other(served):\n    assert served(3).p50 <= 2.0\n")
+    assert project.run("--gpulab-gate=baseline.json").ret == 1
+
+
+def test_file_that_cannot_be_collected_is_an_error(gated) -> None:  # type: ignore[no-untyped-def]
+    result = gated({"a": "open"}, {"a": "open"}, more="import absent_module\n")
+    assert result.ret == 1
+
+
+def test_without_a_gate_the_exit_status_is_pytests_own(project: Project) -> None:
+    assert project.write(studies(a="supported", b="open", c="blocked")).run().ret == 0
+    assert project.write(studies(a="supported", b="rejected")).run().ret == 1
+
+
+BAD_BASELINES = {
+    "not json": ("{", "is no decision record of this version"),
+    "another document": ("{}", "is no decision record of this version: target: Field required"),
+    "a later version": ('{"schema_version": 2}', "schema_version"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_BASELINES.values(), ids=BAD_BASELINES)
+def test_bad_baseline_is_refused_before_anything_runs(project: Project, text: str, message: str) -> None:
+    Path(project.path, "baseline.json").write_text(text)
+    result = project.write(studies(a="supported")).run("--gpulab-gate=baseline.json")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "baseline.json" in "\n".join(result.errlines)
+    assert message in "\n".join(result.errlines)
+    assert not project.file().exists()
+
+
+def test_baseline_of_another_setup_is_refused(project: Project) -> None:
+    project.write(studies(a="supported")).run()
+    project.file().rename(project.path / "baseline.json")
+    result = project.run("--gpulab-gate=baseline.json", "--gpulab-accelerator=h200")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "is a record of accelerator 't4', this session's is 'h200'" in "\n".join(result.errlines)
+    record = json.loads((project.path / "baseline.json").read_text())
+    (project.path / "baseline.json").write_text(json.dumps({**record, "target": "vllm"}))
+    result = project.run("--gpulab-gate=baseline.json")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "is a record of target 'vllm', this session's is 'sim'" in "\n".join(result.errlines)
+
+
+def test_baseline_folder_is_refused(project: Project) -> None:
+    result = project.write(studies(a="supported")).run("--gpulab-gate=.")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "cannot read" in "\n".join(result.errlines)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kind"),
+    [
+        ("supported", "open", "lost"),
+        ("caveated", None, "not run"),
+        ("open", None, "not run"),
+        (None, "supported", "new"),
+        ("caveated", "supported", "improved"),
+        ("supported", "caveated", "changed"),
+        ("rejected", "open", "changed"),
+    ],
+)
+def test_kinds_of_change(before, after, kind: str) -> None:  # type: ignore[no-untyped-def]
+    assert Change("d", before, after, "").kind == kind

@@ -1,0 +1,284 @@
+"""The record: written whole or not at all, the same every time, never replaced by a part."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_gpulab.record import Record, schema_json, write_atomically
+from tests.conftest import Project
+from tests.test_plugin import ALL, GOOD
+
+SCHEMA = Path(__file__).parents[1] / "reports" / "decision-record.schema.json"
+
+TWO = """
+@decision("a", "A holds")
+@pytest.mark.parametrize("n", [1, 2])
+def test_a(served, n):
+    assert served(n).p50 <= 2.0
+
+@decision("b", "B holds")
+def test_b(served):
+    assert served(3).p50 <= 2.0
+
+@decision("c", "C holds")
+def test_c(served):
+    assert served(1).p50 <= 2.0
+"""
+
+
+def without_times(text: str) -> str:
+    return re.sub(r'("started": )"[^"]*"|("seconds": )[\d.e-]+', r"\1\2", text)
+
+
+# --- what is in it --------------------------------------------------------------------------------------------
+
+
+def test_decision_says_what_decided_it(project: Project) -> None:
+    project.write(TWO).run("--gpulab-seed=0")
+    a = project.decision("a")
+    assert (a.statement, a.verdict, a.basis) == ("A holds", "supported", "simulated")
+    assert [item.nodeid for item in a.items] == ["test_exp.py::test_a[1]", "test_exp.py::test_a[2]"]
+    assert [run.label for run in a.runs] == ["1 s", "2 s"]
+    assert a.gates[0].text == "served(n).p50 <= 2.0"
+    assert (a.gates[0].file, a.gates[0].line) == ("test_exp.py", 9)
+    assert a.gates[0].runs == (a.runs[0].id,)
+    assert a.provenance.seeds == tuple(range(6))
+    assert {"python", "pytest", "pytest-gpulab", "numpy"} <= a.provenance.versions.keys()
+    assert re.fullmatch("[0-9a-f]{16}", a.provenance.definition_hash)
+    assert a.provenance.definition_hash != project.decision("b").provenance.definition_hash
+
+
+def test_commit_and_uncommitted_changes(project: Project) -> None:
+    project.write(GOOD).run()
+    assert project.decision("yes").provenance.git_commit == ""
+    for arguments in (
+        ["init", "-q"],
+        ["add", "test_exp.py", "conftest.py"],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x"],
+    ):
+        subprocess.run(["git", *arguments], cwd=project.path, check=True)
+    (project.path / ".git" / "info" / "exclude").write_text("reports\n__pycache__\n")
+    project.run()
+    commit = project.decision("yes").provenance.git_commit
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    project.write(GOOD + "\n")
+    project.run()
+    assert project.decision("yes").provenance.git_commit == f"{commit}+dirty"
+
+
+def test_undelivered_requests_survive_json(project: Project) -> None:
+    conftest = (project.path / "conftest.py").read_text()
+    (project.path / "conftest.py").write_text(conftest.replace("seed=seed,", "seed=seed, delivered=20,"))
+    project.write("@decision('d', 's')\ndef test_it(served):\n    assert served(1).p95 <= 2.0\n").run()
+    assert project.decision().gates[0].left.value == float("inf")
+    text = project.file().read_text()
+    assert '"Infinity"' in text
+    json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+
+
+def test_schema_is_the_committed_one() -> None:
+    assert SCHEMA.read_text(encoding="utf-8") == schema_json(), "python -m pytest_gpulab.record > " + str(SCHEMA)
+
+
+def test_record_fits_the_schema(project: Project) -> None:
+    project.write(ALL).run()
+    schema = json.loads(schema_json())
+    misfits = list(_misfits(json.loads(project.file().read_text()), schema, schema, "record"))
+    assert not misfits
+
+
+def _misfits(value: Any, schema: dict[str, Any], root: dict[str, Any], where: str) -> Any:
+    """The part of JSON schema that pydantic writes, checked by hand."""
+    if "$ref" in schema:
+        schema = root["$defs"][schema["$ref"].rpartition("/")[2]]
+    if "anyOf" in schema:
+        if all(list(_misfits(value, option, root, where)) for option in schema["anyOf"]):
+            yield f"{where}: {value!r} fits none of {schema['anyOf']}"
+        return
+    kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "null": type(None)}
+    kinds["boolean"] = bool
+    if "type" in schema and not isinstance(value, kinds[schema["type"]]):  # type: ignore[arg-type]
+        yield f"{where}: {value!r} is no {schema['type']}"
+        return
+    if "enum" in schema and value not in schema["enum"]:
+        yield f"{where}: {value!r} is none of {schema['enum']}"
+    if "const" in schema and value != schema["const"]:
+        yield f"{where}: {value!r} is not {schema['const']}"
+    if isinstance(value, dict):
+        for name in schema.get("required", ()):
+            if name not in value:
+                yield f"{where}: {name} is missing"
+        for name, part in value.items():
+            inner = schema.get("properties", {}).get(name, schema.get("additionalProperties"))
+            if inner is False:
+                yield f"{where}: {name} is too much"
+            elif isinstance(inner, dict):
+                yield from _misfits(part, inner, root, f"{where}.{name}")
+    if isinstance(value, list) and isinstance(schema.get("items"), dict):
+        for index, part in enumerate(value):
+            yield from _misfits(part, schema["items"], root, f"{where}[{index}]")
+
+
+def test_markdown_has_a_section_a_decision(project: Project) -> None:
+    project.write(ALL).run()
+    text = project.file(".md").read_text()
+    for part in (
+        "# Decision record",
+        "| [slow](#slow) | caveated | simulated | misses the SLO: p95 e2e of 3 s 3 s against 2 s",
+        "## yes\n\nIt holds.\n\n**supported**, simulated evidence: p50 e2e of 1 s",
+        "| gate | `served(1).p50 <= 2.0` | held |",
+        "| run | repeats | delivered |",
+        "Provenance: target sim, accelerator t4;",
+        "## Errors\n\n- `test_exp.py::test_broken` (decision broken): OSError: gone",
+        "## Missing\n\n- `test_exp.py::test_never` (decision never): skipped: not today",
+    ):
+        assert part in text
+
+
+def test_text_cannot_break_the_markdown(project: Project) -> None:
+    project.write('@decision("d", "a | b <script> *c*")\ndef test_it():\n    blocked("x | y\\nz <b>")\n').run()
+    text = project.file(".md").read_text()
+    assert "<script>" not in text.replace("\\<script\\>", "")
+    assert "x \\| y z \\<b\\>" in text
+
+
+# --- how it is written ----------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_record(project: Project) -> None:
+    project.write(TWO).run()
+    first = project.file().read_text()
+    project.run("-p", "no:randomly")
+    assert without_times(project.file().read_text()) == without_times(first)
+
+
+def test_second_session_replaces_the_record_whole(project: Project) -> None:
+    project.write(TWO).run()
+    project.write(GOOD).run()
+    assert [decision.id for decision in project.record.decisions] == ["yes"]
+    assert "## a" not in project.file(".md").read_text()
+    assert sorted(path.name for path in project.file().parent.iterdir()) == [
+        "decision-record.json",
+        "decision-record.md",
+    ]
+
+
+def test_write_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "record.json"
+    write_atomically(path, "before")
+
+    def interrupted(self: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, "after")
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_folder_lost_during_the_session_is_reported(project: Project) -> None:
+    project.write(
+        GOOD + "\ndef test_z():\n    import pathlib, shutil\n    shutil.rmtree('reports')\n"
+        "    pathlib.Path('reports').touch()\n"
+    )
+    result = project.run()
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["could not write *decision-record.json: *"])
+
+
+# --- narrowed sessions ----------------------------------------------------------------------------------------
+
+NARROW = {
+    "-k": (["-k", "test_a"], "-k test_a"),
+    "-m": (["-m", "not slow"], "-m not slow"),
+    "node id": (["test_exp.py::test_a"], "test_exp.py::test_a"),
+    "--deselect": (["--deselect=test_exp.py::test_b"], "--deselect=test_exp.py::test_b"),
+    "-x": (["-x"], "stopping after 1 failures"),
+    "--maxfail": (["--maxfail=1"], "stopping after 1 failures"),
+    "--stepwise": (["--stepwise"], "--stepwise"),
+}
+
+
+@pytest.mark.parametrize(("options", "why"), NARROW.values(), ids=NARROW)
+def test_narrowed_session_never_replaces_the_full_record(project: Project, options: list[str], why: str) -> None:
+    project.write(TWO).run()
+    full = project.file().read_text()
+    result = project.run(*options)
+    result.stdout.fnmatch_lines(["record: *decision-record.partial.json (partial: *)"])
+    assert project.file().read_text() == full
+    assert project.partial.session.narrowed == why
+    assert not project.record.session.narrowed
+    assert "**Partial: " in project.file(".partial.md").read_text()
+
+
+def test_last_failed_is_narrowed(project: Project) -> None:
+    project.write(TWO)
+    project.run()
+    full = project.file().read_text()
+    project.run("--lf")
+    assert project.file().read_text() == full
+    assert [decision.id for decision in project.partial.decisions] == ["b"]
+
+
+def test_failed_first_is_full(project: Project) -> None:
+    project.write(TWO)
+    project.run()
+    first = project.file().read_text()
+    project.run("--ff")
+    assert not project.file(".partial.json").exists()
+    assert without_times(project.file().read_text()) == without_times(first)
+
+
+def test_stopping_names_what_did_not_run(project: Project) -> None:
+    project.write(TWO).run("-x")
+    assert [problem.nodeid for problem in project.partial.missing] == ["test_exp.py::test_c"]
+    assert {d.id: d.verdict for d in project.partial.decisions} == {"a": "supported", "b": "rejected", "c": "open"}
+
+
+def test_stop_that_stopped_nothing_is_full(project: Project) -> None:
+    project.write(GOOD).run("-x", "--maxfail=1")
+    assert project.file().exists()
+    project.write(TWO.partition('@decision("c"')[0]).run("-x")
+    assert [decision.id for decision in project.record.decisions] == ["a", "b"]
+
+
+def test_interrupted_session_is_partial(project: Project) -> None:
+    project.write(GOOD + "\n@decision('stop', 's')\ndef test_stop():\n    raise KeyboardInterrupt\n" + TWO)
+    assert project.spawn().ret == pytest.ExitCode.INTERRUPTED
+    assert not project.file().exists()
+    assert project.partial.session.narrowed == "KeyboardInterrupt"
+    assert len(project.partial.missing) == 5
+    assert project.partial.decisions[-1].verdict == "supported"
+
+
+def test_what_the_project_leaves_out_itself_is_no_narrowing(project: Project) -> None:
+    project.pytester.makeini("[pytest]\naddopts = -m 'not evaluate' --deselect=test_exp.py::test_c -ktest_\n")
+    project.write(TWO).run()
+    assert not project.file(".partial.json").exists()
+    assert [decision.id for decision in project.record.decisions] == ["a", "b"]
+    project.run("-m", "not verify")
+    assert project.partial.session.narrowed == "-m not verify"
+
+
+def test_file_that_cannot_be_collected_makes_the_record_partial(project: Project) -> None:
+    project.write(TWO).write("import absent_module\n", "test_broken.py")
+    project.run("--continue-on-collection-errors")
+    assert not project.file().exists()
+    assert project.partial.session.narrowed == "could not collect test_broken.py"
+    (error,) = project.partial.errors
+    assert error.nodeid == "test_broken.py"
+    assert "absent_module" in error.reason
+
+
+def test_report_folder_is_where_the_user_said(project: Project) -> None:
+    project.write(GOOD).run("--gpulab-report-dir=elsewhere/deep")
+    assert not project.file().exists()
+    record = Record.model_validate_json(Path(project.path, "elsewhere/deep/decision-record.json").read_bytes())
+    assert record.decisions[0].id == "yes"
