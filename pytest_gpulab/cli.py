@@ -29,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gpulab", description="Tools around pytest-gpulab's experiments.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_fit(commands)
+    _add_cluster(commands)
     add_serve(commands)
     return parser
 
@@ -52,6 +53,25 @@ def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     fit.add_argument("--source", help="what was measured, by whom, when (default: the names of the files)")
     fit.add_argument("--no-check", action="store_true", help="skip the leave-one-out fits; errors are stored as 0")
     fit.set_defaults(run=_fit)
+
+
+def _add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    cluster = commands.add_parser(
+        "cluster",
+        help="run the embedded cluster behind a Kubernetes API on loopback",
+        description="Runs the embedded cluster until it is interrupted, for kubectl and the kubernetes client.",
+    )
+    cluster.add_argument("--kubeconfig", required=True, type=Path, metavar="FILE", help="write the way in here")
+    cluster.add_argument("--port", type=int, default=0, help="on 127.0.0.1 (default: any free one)")
+    cluster.add_argument("--speed", type=float, default=1.0, help="cluster seconds a second (default: 1)")
+    cluster.add_argument("--seed", type=int, default=0, help="of durations and names (default: 0)")
+    cluster.set_defaults(run=_cluster)
+
+
+def _cluster(options: argparse.Namespace) -> int:
+    from pytest_gpulab.cluster.api.command import run
+
+    return run(options)
 
 
 def _fit(options: argparse.Namespace) -> int:

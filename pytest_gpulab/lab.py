@@ -35,16 +35,20 @@ class Lab:
     ) -> Measurement:
         """What `workload` does on `profile`; nothing runs until a figure is asked for.
 
-        `admission` replaces the workload's own policy. `label` names the arm in reports.
+        `admission` replaces the workload's own policy. `label` names the arm in reports. Within one test, equal
+        definitions are one arm: the first label stays.
         """
         if admission is not None:
             workload = workload.model_copy(update={"admission": admission})
         require_servable(workload, profile)
         measurement = Measurement(self, workload, profile, label)
         ledger = current_ledger()
-        if ledger is not None and all(known.id != measurement.id for known in ledger.measurements):
+        if ledger is None:
+            return measurement
+        known = next((known for known in ledger.measurements if known.id == measurement.id), None)
+        if known is None:
             ledger.measurements.append(measurement)
-        return measurement
+        return known or measurement
 
     def run(self, measurement: Measurement, repeat: int) -> Run:
         """Repeat `repeat` of `measurement`: the remembered Run, or a new one."""

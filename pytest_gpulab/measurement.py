@@ -38,8 +38,9 @@ class Measurement:
 
     def run(self, repeat: int) -> Run:
         """The Run of repeat `repeat`, counted from 0; executes it when it has not run yet."""
+        run = self._lab.run(self, repeat)
         self.pulled = max(self.pulled, repeat + 1)
-        return self._lab.run(self, repeat)
+        return run
 
     @property
     def runs(self) -> list[Run]:

@@ -137,7 +137,7 @@ def narrowing(config: pytest.Config) -> str:
     for option, name in (("--lf", "lf"), ("--stepwise", "stepwise")):
         if config.getoption(name, False):
             return option
-    return next((arg for arg in config.args if "::" in arg), "")
+    return next((arg for arg in config.args if "::" in arg or arg.endswith(".py")), "")
 
 
 def _options_in(words: list[str]) -> dict[str, list[str]]:

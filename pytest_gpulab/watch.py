@@ -19,8 +19,11 @@ from pytest_gpulab.verdict import Ending, Judgement, demand, judge, weakest
 
 if TYPE_CHECKING:
     from pytest_gpulab.gates import Ledger
+    from pytest_gpulab.measurement import Measurement
 
 WATCH_KEY = pytest.StashKey["Watch"]()
+KNOWN_KEY = pytest.StashKey[dict[int, "Measurement"]]()
+"""Every measurement of this process by identity: a shared fixture's belongs to each item that asks it."""
 
 _PROPERTIES = ("verdict", "decision", "basis")
 
@@ -36,6 +39,7 @@ class Watch:
         self.ledger = Ledger(item.nodeid, in_test=False)
         self.judgement: Judgement | None = None
         self._evidence: dict[str, Any] | None = None
+        self._known = item.config.stash.setdefault(KNOWN_KEY, {})
 
     @property
     def stands(self) -> bool:
@@ -47,6 +51,8 @@ class Watch:
         from pytest_gpulab.gates import Ledger
 
         if not self.stands:
+            for measurement in self._known.values():
+                measurement.pulled = 0  # repeats that another item asked for are none of this one's
             self.ledger = Ledger(self.item.nodeid, in_test=False)
             self.judgement = None
 
@@ -65,6 +71,15 @@ class Watch:
                 if self.judgement.verdict is None:
                     raise pytest.fail.Exception(self.judgement.reason, pytrace=False) from None
                 raise pytest.skip.Exception(f"blocked: {refusal}") from None
+            finally:
+                self._adopt()
+
+    def _adopt(self) -> None:
+        """Take in measurements that a shared fixture made for an earlier item and that gates here have asked."""
+        self._known.update({id(measurement): measurement for measurement in self.ledger.measurements})
+        asked = {run for gate in self.ledger.gates for run in gate.runs}
+        asked -= {measurement.id for measurement in self.ledger.measurements}
+        self.ledger.measurements += [m for m in self._known.values() if m.id in asked and m.pulled]
 
     def call(self) -> Generator[None, Any, Any]:
         """Run the body and judge it. Errors of its own (a decision without a gate) are raised as failures."""
@@ -123,8 +138,10 @@ class Watch:
             raise pytest.fail.Exception(f"the first verdict stands: rejected: {first.reason}", pytrace=False)
 
     def _explained(self, ended: BaseException) -> BaseException:
-        """`ended`, with a note where it looks like evidence but is none."""
+        """`ended`, with a note where it says too little, or looks like evidence but is none."""
         judgement = self.judgement or Judgement(None, "")
+        if judgement.verdict == "rejected" and judgement.reason not in str(ended):
+            ended.add_note(judgement.reason)
         ordinary = self.entry.decision is None and not self.ledger.gates
         if judgement.verdict is not None or ordinary or judgement.reason == _ending_of(ended).reason:
             return ended
@@ -224,11 +241,10 @@ def make_report(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.
 
 def explain_comparison(left: object, right: object) -> list[str] | None:
     """The numbers of the gate that just failed, for pytest's assertion message; None when it is no gate."""
-    evidence = sys.modules.get("pytest_gpulab.evidence")
     ledger = _open_ledger()
-    if evidence is None or ledger is None or not ledger.gates:
+    if ledger is None or not ledger.gates:
         return None
-    if not isinstance(left, evidence.Estimate) and not isinstance(right, evidence.Estimate):
+    if not any(type(side).__module__.startswith("pytest_gpulab.") for side in (left, right)):
         return None
     gate = ledger.gates[-1]
     return [gate.text, gate.reason]

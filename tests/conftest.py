@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import linecache
 import textwrap
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-# Loaded here so that inner sessions, which forget what they imported, do not load numpy a second time.
-import pytest_gpulab.baseline
-import pytest_gpulab.lab
-import pytest_gpulab.outcomes
-import pytest_gpulab.record
-import pytest_gpulab.report.html
-import pytest_gpulab.report.markdown
-import tests.known  # noqa: F401
 from pytest_gpulab.record import Decision, Record
+
+# Inner sessions forget what they imported: numpy must not be loaded a second time, the rest takes time.
+for module in (
+    "pytest_gpulab.baseline",
+    "pytest_gpulab.lab",
+    "pytest_gpulab.outcomes",
+    "pytest_gpulab.report.html",
+    "pytest_gpulab.report.markdown",
+    "rich.console",
+    "rich.table",
+    "rich.text",
+    "tests.known",
+):
+    import_module(module)
 
 CONFTEST = """
 import pytest

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from pytest_gpulab.baseline import Change
+from pytest_gpulab.baseline import Change, exit_status
+from pytest_gpulab.markers import Entry
+from pytest_gpulab.outcomes import Outcome, Setting, compose
+from pytest_gpulab.record import Record, SessionInfo, Verdict
 from tests.conftest import Project
 
 STUDY = """
@@ -45,24 +49,55 @@ def gated(project: Project):  # type: ignore[no-untyped-def]
     return run
 
 
-@pytest.mark.parametrize("before", ["supported", "caveated", "partial", "rejected", "open", "blocked"])
-@pytest.mark.parametrize("after", ["supported", "caveated", "partial", "rejected", "open", "blocked", "error"])
-def test_exit_status(gated, before: str, after: str) -> None:  # type: ignore[no-untyped-def]
+ENDS = {
+    "lost to rejected": ("supported", "rejected", 10, "*lost * d: supported -> rejected"),
+    "lost to open": ("caveated", "open", 10, "*lost * d: caveated -> open"),
+    "error": ("supported", "error", 1, "*lost * d: supported -> open"),
+    "known rejection": ("rejected", "rejected", 0, "baseline *: no verdict changed"),
+    "new rejection": ("open", "rejected", 1, "*changed * d: open -> rejected"),
+    "caveat": ("supported", "caveated", 0, "*changed * d: supported -> caveated"),
+    "improved": ("partial", "supported", 0, "*improved * d: partial -> supported"),
+    "unblocked": ("blocked", "caveated", 0, "*improved * d: blocked -> caveated"),
+}
+
+
+@pytest.mark.parametrize(("before", "after", "status", "line"), ENDS.values(), ids=ENDS)
+def test_exit_status(gated, before: str, after: str, status: int, line: str) -> None:  # type: ignore[no-untyped-def]
     result = gated({"d": before}, {"d": after})
+    assert result.ret == status
+    result.stdout.fnmatch_lines([line])
+
+
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+
+
+def record_of(verdict: Verdict | None) -> Record:
+    """A record of one item that ended so; None crashed."""
+    outcome = Outcome(done=True, error="" if verdict else "OSError: gone")
+    outcome.add({"verdict": verdict, "reason": "numbers", "gates": [], "runs": []})
+    return compose(
+        {"test_d": Entry("test_d", "d", "It holds")},
+        {"test_d": outcome},
+        {},
+        Setting("sim", "t4", "", {}),
+        SessionInfo(started="", seconds=0, first_seed=0, max_repeats=24, require="simulated", narrowed=""),
+    )
+
+
+@pytest.mark.parametrize("before", VERDICTS)
+@pytest.mark.parametrize("after", [*VERDICTS, None])
+def test_exit_status_of_every_change(before: Verdict, after: Verdict | None) -> None:
+    red = after in ("rejected", None)
+    found = exit_status(int(red), record_of(after), record_of(before), {"test_d"} if red else set())
     good = ("supported", "caveated")
-    if after == "error":
-        assert result.ret == 1
+    if after is None:
+        assert found == 1
     elif before in good and after not in good:
-        assert result.ret == 10
-        result.stdout.fnmatch_lines([f"*lost * d: {before} -> {after}*"])
+        assert found == 10
     elif after == "rejected" and before != "rejected":
-        assert result.ret == 1  # a red test that is no known rejection
+        assert found == 1  # a red test that is no known rejection
     else:
-        assert result.ret == 0
-    if before == after:
-        result.stdout.fnmatch_lines(["baseline *: no verdict changed"])
-    elif before not in good and after in good:
-        result.stdout.fnmatch_lines([f"*improved * d: {before} -> {after}*"])
+        assert found == 0
 
 
 def test_decision_not_run_is_lost(gated) -> None:  # type: ignore[no-untyped-def]

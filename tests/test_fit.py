@@ -265,7 +265,7 @@ def test_malformed_runs_are_refused(tmp_path, change, words):
         ("a.jsonl", b"[]\n", "line 1: must be one JSON object, got list"),
         ("a.jsonl", b'{"run"\n', "line 1: must be one JSON object, got Expecting"),
         ("a.jsonl.gz", b"plain", "must be a readable .jsonl.gz file"),
-        ("a.jsonl.gz", gzip.compress(b"{}" * 999)[:20], "must be a readable .jsonl.gz file"),
+        ("a.jsonl.gz", gzip.compress(b"{}" * 999, mtime=0)[:20], "must be a readable .jsonl.gz file"),
         ("a.txt", b"", r"must be named \.jsonl\.gz, \.jsonl, \.csv"),
         ("a.csv", b"case\nx\n", "line 1: must name the columns arrival, itl_p50_s"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,36 +94,44 @@ def test_record_fits_the_schema(project: Project) -> None:
     assert not misfits
 
 
-def _misfits(value: Any, schema: dict[str, Any], root: dict[str, Any], where: str) -> Any:
+KINDS: dict[str, Any] = {
+    "object": dict,
+    "array": list,
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+    "null": type(None),
+}
+
+
+def _misfits(value: Any, schema: dict[str, Any], root: dict[str, Any], where: str) -> Iterator[str]:
     """The part of JSON schema that pydantic writes, checked by hand."""
     if "$ref" in schema:
         schema = root["$defs"][schema["$ref"].rpartition("/")[2]]
     if "anyOf" in schema:
         if all(list(_misfits(value, option, root, where)) for option in schema["anyOf"]):
             yield f"{where}: {value!r} fits none of {schema['anyOf']}"
-        return
-    kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "null": type(None)}
-    kinds["boolean"] = bool
-    if "type" in schema and not isinstance(value, kinds[schema["type"]]):  # type: ignore[arg-type]
+    elif schema.get("type") in KINDS and not isinstance(value, KINDS[schema["type"]]):
         yield f"{where}: {value!r} is no {schema['type']}"
-        return
-    if "enum" in schema and value not in schema["enum"]:
-        yield f"{where}: {value!r} is none of {schema['enum']}"
-    if "const" in schema and value != schema["const"]:
-        yield f"{where}: {value!r} is not {schema['const']}"
-    if isinstance(value, dict):
-        for name in schema.get("required", ()):
-            if name not in value:
-                yield f"{where}: {name} is missing"
-        for name, part in value.items():
-            inner = schema.get("properties", {}).get(name, schema.get("additionalProperties"))
-            if inner is False:
-                yield f"{where}: {name} is too much"
-            elif isinstance(inner, dict):
-                yield from _misfits(part, inner, root, f"{where}.{name}")
-    if isinstance(value, list) and isinstance(schema.get("items"), dict):
+    elif value not in schema.get("enum", [value]) or value != schema.get("const", value):
+        yield f"{where}: {value!r} is not {schema}"
+    elif isinstance(value, dict):
+        yield from _misfits_of_object(value, schema, root, where)
+    elif isinstance(value, list):
         for index, part in enumerate(value):
-            yield from _misfits(part, schema["items"], root, f"{where}[{index}]")
+            yield from _misfits(part, schema.get("items", {}), root, f"{where}[{index}]")
+
+
+def _misfits_of_object(
+    value: dict[str, Any], schema: dict[str, Any], root: dict[str, Any], where: str
+) -> Iterator[str]:
+    yield from (f"{where}: {name} is missing" for name in schema.get("required", ()) if name not in value)
+    for name, part in value.items():
+        inner = schema.get("properties", {}).get(name, schema.get("additionalProperties"))
+        if inner is False:
+            yield f"{where}: {name} is too much"
+        elif isinstance(inner, dict):
+            yield from _misfits(part, inner, root, f"{where}.{name}")
 
 
 def test_markdown_has_a_section_a_decision(project: Project) -> None:

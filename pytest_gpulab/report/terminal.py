@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -57,11 +58,10 @@ def summarize(session: Session, terminalreporter: pytest.TerminalReporter) -> No
     """Write decisions, evidence, errors and missing items, what changed, and where the record lies."""
     if session.record is None and not session.changes:
         return
-    width = max(terminalreporter._tw.fullwidth, 60)
-    coloured = bool(terminalreporter._tw.hasmarkup)
+    width = max(shutil.get_terminal_size().columns, 60)
     terminalreporter.section("decisions", bold=True)
     if session.record is not None:
-        terminalreporter.write(_render(_tables(session.record), width, coloured))
+        terminalreporter.write(_render(_tables(session.record), width, terminalreporter.hasmarkup))
     for line in _lines(session):
         terminalreporter.write_line(line)
 
