@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: lab verify test bench lint clean
+.PHONY: lab verify test test-slow bench lint clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -19,8 +19,12 @@ lab: $(STAMP)
 verify: $(STAMP)
 	$(BIN)/python -m pytest experiments -m verify
 
+# What every change must pass; `make test-slow` runs the rest.
 test: $(STAMP)
-	$(BIN)/python -m pytest tests -n auto
+	$(BIN)/python -m pytest tests -n auto -m "not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest tests -n auto -m slow
 
 # Timing claims live here, not in tests. The engine is timed as it is installed, its hot modules compiled.
 bench: $(STAMP)

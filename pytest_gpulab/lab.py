@@ -45,7 +45,10 @@ class Lab:
         ledger = current_ledger()
         if ledger is None:
             return measurement
-        known = next((known for known in ledger.measurements if known.id == measurement.id), None)
+        known = next(
+            (known for known in ledger.measurements if known.lab is self and known.id == measurement.id),
+            None,
+        )
         if known is None:
             ledger.measurements.append(measurement)
         return known or measurement

@@ -25,7 +25,7 @@ class Measurement:
     """
 
     def __init__(self, lab: Lab, workload: Workload, profile: Profile, label: str | None) -> None:
-        self._lab = lab
+        self.lab = lab
         self.workload = workload
         self.profile = profile
         self.label = label or describe(workload, profile)
@@ -38,7 +38,7 @@ class Measurement:
 
     def run(self, repeat: int) -> Run:
         """The Run of repeat `repeat`, counted from 0; executes it when it has not run yet."""
-        run = self._lab.run(self, repeat)
+        run = self.lab.run(self, repeat)
         self.pulled = max(self.pulled, repeat + 1)
         return run
 
@@ -50,12 +50,12 @@ class Measurement:
     @property
     def seeds(self) -> tuple[int, ...]:
         """Seeds of the repeats pulled so far."""
-        return tuple(range(self._lab.first_seed, self._lab.first_seed + self.pulled))
+        return tuple(range(self.lab.first_seed, self.lab.first_seed + self.pulled))
 
     @property
     def max_repeats(self) -> int:
         """The most repeats a gate may pull."""
-        return self._lab.max_repeats
+        return self.lab.max_repeats
 
     @property
     def e2e(self) -> Latency:

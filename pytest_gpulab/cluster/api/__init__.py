@@ -1,0 +1,1 @@
+"""A Kubernetes API over the store, on loopback, for the `kubernetes` client and kubectl."""

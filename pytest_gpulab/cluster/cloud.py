@@ -1,0 +1,286 @@
+"""An emulated EC2: what can be bought, what is sold out, and what happens to the machines.
+
+Karpenter's kwok provider is the model: instances are entries in a table. Prices are on demand in us-west-2, spot is a
+share of that. Everything that goes wrong is stated up front in `Faults` or asked for by a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from pytest_gpulab.cluster.clock import Clock
+from pytest_gpulab.cluster.quantity import Amounts
+
+GIB: Final = 1024**3
+GPU: Final = "nvidia.com/gpu"
+SPOT_NOTICE_S: Final = 120.0
+"""EC2 announces a spot interruption two minutes ahead."""
+SHORTEST_BILL_S: Final = 60.0
+"""EC2 bills Linux instances by the second, a minute at least."""
+
+CapacityType = Literal["reserved", "spot", "on-demand"]
+
+
+@dataclass(frozen=True)
+class InstanceType:
+    """A machine one can order. Memory in bytes."""
+
+    name: str
+    cpu: int
+    memory: int
+    gpus: int
+    gpu_name: str
+    gpu_memory_mib: int
+    price: float
+    """USD per hour, on demand."""
+
+    @property
+    def capacity(self) -> Amounts:
+        """What a node of it has."""
+        whole = {"cpu": self.cpu, "memory": self.memory, "pods": 110}
+        whole |= {GPU: self.gpus} if self.gpus else {}
+        return {name: amount * 1000 for name, amount in whole.items()}
+
+    @property
+    def allocatable(self) -> Amounts:
+        """What pods may use of it: system and kubelet keep 80m of CPU and about 7 % of memory."""
+        kept = {"cpu": 80, "memory": self.memory * 7 // 100 * 1000}
+        return {name: amount - kept.get(name, 0) for name, amount in self.capacity.items()}
+
+    def labels(self) -> dict[str, str]:
+        """Well-known node labels; Karpenter's and EKS Auto Mode's names for the instance."""
+        family = self.name.partition(".")[0]
+        labels = {
+            "node.kubernetes.io/instance-type": self.name,
+            "kubernetes.io/arch": "amd64",
+            "kubernetes.io/os": "linux",
+        }
+        facts = {
+            "instance-family": family,
+            "instance-category": family[:1],
+            "instance-cpu": str(self.cpu),
+            "instance-memory": str(self.memory // 1024**2),
+            "instance-generation": "".join(letter for letter in family if letter.isdigit())[:1],
+        }
+        if self.gpus:
+            facts |= {
+                "instance-gpu-name": self.gpu_name,
+                "instance-gpu-manufacturer": "nvidia",
+                "instance-gpu-count": str(self.gpus),
+                "instance-gpu-memory": str(self.gpu_memory_mib),
+            }
+        for group in ("karpenter.k8s.aws", "eks.amazonaws.com"):
+            labels |= {f"{group}/{name}": value for name, value in facts.items()}
+        return labels
+
+
+INSTANCE_TYPES: Final = (
+    InstanceType("g4dn.xlarge", 4, 16 * GIB, 1, "t4", 16384, 0.526),
+    InstanceType("g4dn.2xlarge", 8, 32 * GIB, 1, "t4", 16384, 0.752),
+    InstanceType("g4dn.12xlarge", 48, 192 * GIB, 4, "t4", 16384, 3.912),
+    InstanceType("g6.xlarge", 4, 16 * GIB, 1, "l4", 22888, 0.8048),
+    InstanceType("p5en.48xlarge", 192, 2048 * GIB, 8, "h200", 144384, 43.264),
+    InstanceType("p6-b200.48xlarge", 192, 2048 * GIB, 8, "b200", 183296, 113.93),
+)
+ZONES: Final = ("us-west-2a", "us-west-2b")
+SPOT_SHARE: Final = 0.4
+"""Spot price as a share of the on-demand price; a round figure, the market's own moves."""
+
+
+@dataclass(frozen=True)
+class Offering:
+    """One instance type in one zone, one way to pay."""
+
+    type: InstanceType
+    zone: str
+    capacity_type: CapacityType
+    price: float
+    """USD per hour."""
+    depth: int = 1
+    """How much spare capacity the pool has, relative to others: what price-capacity-optimized looks at first."""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What Karpenter remembers as unavailable."""
+        return (self.type.name, self.zone, self.capacity_type)
+
+    def labels(self) -> dict[str, str]:
+        """Of a node bought this way."""
+        return {
+            **self.type.labels(),
+            "topology.kubernetes.io/zone": self.zone,
+            "topology.kubernetes.io/region": self.zone[:-1],
+            "karpenter.sh/capacity-type": self.capacity_type,
+        }
+
+
+def catalog(types: Iterable[InstanceType] = INSTANCE_TYPES, zones: Iterable[str] = ZONES) -> tuple[Offering, ...]:
+    """Every type in every zone, on demand and as spot."""
+    return tuple(
+        Offering(kind, zone, capacity, round(kind.price * (SPOT_SHARE if capacity == "spot" else 1.0), 6))
+        for kind in types
+        for zone in zones
+        for capacity in ("spot", "on-demand")
+    )
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """No capacity for what matches, from `start` to `end` seconds after the cluster's start. "" matches all."""
+
+    capacity_type: str = ""
+    instance_type: str = ""
+    zone: str = ""
+    start: float = 0.0
+    end: float = float("inf")
+
+    def covers(self, offering: Offering, at: float) -> bool:
+        """Whether EC2 would refuse this now."""
+        pairs = zip((self.instance_type, self.zone, self.capacity_type), offering.key, strict=True)
+        return self.start <= at < self.end and all(not wanted or wanted == has for wanted, has in pairs)
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What goes wrong, all of it known before. Times are seconds after the cluster's start."""
+
+    shortages: tuple[Shortage, ...] = ()
+    interruptions: tuple[float, ...] = ()
+    """When the oldest running spot instance gets its notice."""
+    losses: tuple[float, ...] = ()
+    """When the oldest running instance dies without notice."""
+    never_register: bool = False
+    """Instances boot, but no node joins the cluster."""
+    never_allocatable: bool = False
+    """Nodes join, but the device plugin never shows a GPU."""
+    launch_hangs: bool = False
+    """CreateFleet does not answer."""
+    bad_images: tuple[str, ...] = ()
+    """Images that no registry has."""
+    crash_after_s: float | None = None
+    """Containers exit with an error so long after their start."""
+
+
+NO_FAULTS: Final = Faults()
+
+
+class InsufficientCapacity(Exception):
+    """EC2 has none of the offerings asked for."""
+
+    def __init__(self, offerings: Iterable[Offering]) -> None:
+        self.offerings = tuple(offerings)
+        names = ", ".join("/".join(offering.key) for offering in self.offerings)
+        super().__init__(f"all requested instance types were unavailable during launch: {names}")
+
+
+@dataclass
+class Instance:
+    """One machine and its life, Unix seconds."""
+
+    id: str
+    offering: Offering
+    launched: float
+    stopped: float | None = None
+    """When it stops being billed: TerminateInstances, an interruption, or its death."""
+    gone: float | None = None
+    """When it is terminated."""
+
+    @property
+    def provider_id(self) -> str:
+        """As in NodeClaims and Nodes."""
+        return f"aws:///{self.offering.zone}/{self.id}"
+
+    def billed_s(self, now: float) -> float:
+        """Seconds on the bill so far."""
+        return max((self.stopped if self.stopped is not None else now) - self.launched, SHORTEST_BILL_S)
+
+
+Notice = Callable[[Instance], None]
+
+
+@dataclass
+class Cloud:
+    """The account: instances by id, and who is told of interruptions and ends."""
+
+    clock: Clock
+    offerings: tuple[Offering, ...] = field(default_factory=catalog)
+    faults: Faults = NO_FAULTS
+    instances: dict[str, Instance] = field(default_factory=dict)
+    on_notice: list[Notice] = field(default_factory=list)
+    on_end: list[Notice] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._start = self.clock.now()
+        for at in self.faults.interruptions:
+            self.clock.call_at(self._start + at, self._interrupt_oldest)
+        for at in self.faults.losses:
+            self.clock.call_at(self._start + at, self._lose_oldest)
+
+    def launch(self, wanted: Iterable[Offering]) -> Instance:
+        """An instance of the first offering that has capacity. InsufficientCapacity when none has."""
+        wanted = tuple(wanted)
+        now = self.clock.now()
+        for offering in wanted:
+            if not any(shortage.covers(offering, now - self._start) for shortage in self.faults.shortages):
+                instance = Instance(f"i-{len(self.instances) + 1:017x}", offering, now)
+                self.instances[instance.id] = instance
+                return instance
+        raise InsufficientCapacity(wanted)
+
+    def find(self, provider_id: str) -> Instance | None:
+        """The instance that a NodeClaim or Node names."""
+        return self.instances.get(provider_id.rpartition("/")[2])
+
+    def running(self, provider_id: str) -> bool:
+        """Whether the machine works."""
+        instance = self.find(provider_id)
+        return instance is not None and instance.stopped is None
+
+    def terminate(self, instance: Instance, takes_s: float) -> None:
+        """TerminateInstances: billed no longer, gone after `takes_s`. Harmless when repeated."""
+        if instance.stopped is not None:
+            return
+        instance.stopped = self.clock.now()
+        self.clock.call_later(takes_s, lambda: self._gone(instance))
+
+    def interrupt(self, instance: Instance) -> None:
+        """The spot interruption notice; two minutes later the machine is taken."""
+        for listener in self.on_notice:
+            listener(instance)
+        self.clock.call_later(SPOT_NOTICE_S, lambda: self.lose(instance))
+
+    def lose(self, instance: Instance) -> None:
+        """The machine is gone, at once."""
+        if instance.gone is None:
+            instance.stopped = self.clock.now() if instance.stopped is None else instance.stopped
+            self._gone(instance)
+
+    def _gone(self, instance: Instance) -> None:
+        if instance.gone is None:
+            instance.gone = self.clock.now()
+            for listener in self.on_end:
+                listener(instance)
+
+    def _interrupt_oldest(self) -> None:
+        for instance in self.instances.values():
+            if instance.stopped is None and instance.offering.capacity_type == "spot":
+                self.interrupt(instance)
+                return
+
+    def _lose_oldest(self) -> None:
+        for instance in self.instances.values():
+            if instance.stopped is None:
+                self.lose(instance)
+                return
+
+    def gpu_seconds(self) -> float:
+        """Billed seconds times GPUs of all instances."""
+        now = self.clock.now()
+        return sum(i.billed_s(now) * i.offering.type.gpus for i in self.instances.values())
+
+    def cost_usd(self) -> float:
+        """The bill for the instances so far."""
+        now = self.clock.now()
+        return sum(i.billed_s(now) / 3600 * i.offering.price for i in self.instances.values())

@@ -1,0 +1,161 @@
+"""Autoscaled serving in virtual time."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from pytest_gpulab.cluster.cloud import Faults, Shortage
+from pytest_gpulab.cluster.fleet import FROM_ZERO, WARM_ONE, Autoscaling, Fleet, simulate_fleet
+from pytest_gpulab.cluster.timeline import cold_start, counts
+from pytest_gpulab.engine import simulate
+from pytest_gpulab.experiment import BoundedQueue, Constant, Direct, Poisson, Shape, SpikeToZero, Workload
+from pytest_gpulab.figures import delivery_ratio, highest, latencies
+from tests.cluster.scene import T4
+
+SHAPE = Shape(prompt_tokens=512, output_tokens=128)
+ONE = Fleet(autoscaling=None, warm=1)
+
+
+def traffic(rate=8, duration_s=120.0, **fields):
+    return Workload(arrivals=Poisson(rate=rate), shape=SHAPE, duration_s=duration_s, **fields)
+
+
+@pytest.mark.parametrize(
+    "admission",
+    [
+        Direct(),
+        Direct(max_outstanding=20),
+        BoundedQueue(capacity=50, max_wait_s=30.0, max_outstanding=16),
+        BoundedQueue(capacity=50, max_wait_s=5.0, max_outstanding=12),
+    ],
+    ids=["direct", "limited", "queue", "impatient"],
+)
+@pytest.mark.parametrize("rate", [4, 14])
+def test_a_warm_fleet_of_one_is_the_engine(rate, admission):
+    workload = traffic(rate, 60.0, admission=admission)
+    fleet, alone = simulate_fleet(T4, workload, ONE, seed=3), simulate(T4, workload, seed=3)
+    for column in ("scheduled", "prompt_tokens", "output_tokens", "ok"):
+        assert np.array_equal(fleet.requests[column], alone.requests[column]), column
+    for column in ("sent", "first_token", "last_token"):
+        assert np.allclose(fleet.requests[column], alone.requests[column], rtol=0, atol=1e-6, equal_nan=True), column
+    assert fleet.totals["request_success_total"] == alone.totals["request_success_total"]
+    assert fleet.duration_s == pytest.approx(alone.duration_s, abs=1e-6)
+    rows = min(len(fleet.server), len(alone.server))
+    assert np.array_equal(fleet.server["num_requests_running"][:rows], alone.server["num_requests_running"][:rows])
+
+
+def test_the_same_seed_gives_the_same_bytes():
+    first, again = (simulate_fleet(T4, traffic(12, 900.0), seed=5) for _ in range(2))
+    assert first.requests.tobytes() == again.requests.tobytes()
+    assert first.server.tobytes() == again.server.tobytes()
+    assert (first.totals, first.timeline, first.provenance) == (again.totals, again.timeline, again.provenance)
+    assert simulate_fleet(T4, traffic(12, 900.0), seed=6).timeline != first.timeline
+
+
+def test_from_zero_direct_clients_lose_what_comes_before_the_first_replica():
+    run = simulate_fleet(T4, traffic(4, 900.0))
+    up = cold_start(run.timeline)["ready"]
+    assert 415 < up < 450
+    early = run.requests["scheduled"] < up
+    assert not run.requests["ok"][early].any(), "503"
+    assert run.requests["ok"][~early].all()
+    assert np.array_equal(run.requests["sent"], run.requests["scheduled"])
+
+
+def test_a_bounded_queue_keeps_requests_until_the_first_replica():
+    spike = Workload(
+        arrivals=SpikeToZero(rate=1, spike_s=200),
+        shape=SHAPE,
+        duration_s=900,
+        admission=BoundedQueue(capacity=240, max_wait_s=600.0),
+    )
+    queued = simulate_fleet(T4, spike)
+    up = cold_start(queued.timeline)["ready"]
+    assert delivery_ratio(queued) == 1.0
+    assert queued.requests["sent"].min() == pytest.approx(up, abs=0.01)
+    direct = simulate_fleet(T4, spike.model_copy(update={"admission": Direct()}))
+    assert delivery_ratio(direct) == 0.0
+    short = simulate_fleet(T4, spike.model_copy(update={"admission": BoundedQueue(capacity=240, max_wait_s=60.0)}))
+    assert delivery_ratio(short) == 0.0
+
+
+def test_active_pressure_scales_before_running_requests_do():
+    """With eight places in each engine, the running count cannot pass eight: it saturates where pressure shows."""
+    profile = T4.with_engine_args(max_num_seqs=8)
+    wanted = {}
+    for policy in ("running", "active-pressure"):
+        scaling = Autoscaling(policy=policy, target=8, max_replicas=4)
+        run = simulate_fleet(profile, traffic(16, 600.0), Fleet(autoscaling=scaling, warm=1))
+        wanted[policy] = max(count.wanted for count in counts(run.timeline))
+    assert wanted == {"running": 1, "active-pressure": 4}
+
+
+def test_replicas_share_the_load_and_latency_falls():
+    run = simulate_fleet(T4, traffic(20, 1200.0), WARM_ONE)
+    numbers = counts(run.timeline)
+    assert max(count.ready for count in numbers) == 4
+    assert all(0 <= count.wanted <= 4 for count in numbers)
+    seconds = latencies(run, "e2e")
+    before = seconds[(run.requests["scheduled"] > 200) & (run.requests["scheduled"] < 400)]
+    after = seconds[run.requests["scheduled"] > 900]
+    assert np.median(after) < 2 < np.median(before)
+    assert highest(run, "num_requests_waiting") > 0
+    assert (np.diff(run.server["generation_tokens_total"]) >= 0).all()
+    assert run.totals["generation_tokens_total"] == 128 * run.totals["request_success_total"]
+
+
+def test_gpu_seconds_are_billed_from_launch_to_termination():
+    run = simulate_fleet(T4, Workload(arrivals=Constant(rate=1), shape=SHAPE, duration_s=1000), FROM_ZERO)
+    launched = next(at for at, text in run.timeline if text.endswith(" launched"))
+    assert run.totals["gpu_seconds"] == pytest.approx(run.duration_s - launched, abs=1.0)
+    assert run.totals["gpu_seconds_to_zero"] > run.totals["gpu_seconds"]
+    assert run.totals["cost_usd"] == pytest.approx(run.totals["gpu_seconds"] / 3600 * 0.526 * 0.4, rel=1e-3)
+    assert (counts(run.timeline)[-1].nodes, counts(run.timeline)[-1].nodeclaims) == (0, 0)
+
+
+def test_without_spot_capacity_it_serves_on_demand():
+    fleet = Fleet(faults=Faults(shortages=(Shortage(capacity_type="spot"),)))
+    run = simulate_fleet(T4, traffic(2, 700.0), fleet)
+    assert any("InsufficientCapacityError" in text for _, text in run.timeline)
+    assert run.totals["cost_usd"] == pytest.approx(run.totals["gpu_seconds"] / 3600 * 0.526, rel=1e-3)
+    assert run.requests["ok"].any()
+
+
+def test_a_spot_interruption_costs_requests_without_a_pre_stop_and_the_gap():
+    workload = traffic(4, 1400.0)
+    faults = Faults(interruptions=(700.0,))
+    run = simulate_fleet(T4, workload, Fleet(autoscaling=None, faults=faults))
+    times, ok = run.requests["scheduled"], run.requests["ok"]
+    assert ok[(times > 460) & (times < 690)].all()
+    assert not ok[(times > 705) & (times < 1000)].any()
+    assert ok[times > 1200].all()
+    assert any("SpotInterrupted" in text for _, text in run.timeline)
+
+
+def test_a_fleet_that_never_comes_up_is_evidence_of_that():
+    run = simulate_fleet(T4, traffic(2, 300.0), Fleet(faults=Faults(never_allocatable=True)))
+    assert delivery_ratio(run) == 0.0
+    assert not run.problems
+    assert counts(run.timeline)[-1].nodeclaims == 0
+
+
+def test_what_a_fleet_cannot_serve_is_refused():
+    with pytest.raises(ValueError, match="leave timeout_s out"):
+        simulate_fleet(T4, traffic(timeout_s=5.0))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.gettrace() is not None, reason="coverage and debuggers slow it down several times")
+@pytest.mark.parametrize("fleet", [FROM_ZERO, WARM_ONE], ids=["from zero", "warm"])
+def test_an_hour_at_24_requests_a_second_takes_about_a_second(fleet):
+    """The aim is a second on an idle machine; the assertion leaves room for a busy one."""
+    workload = traffic(24, 3600.0)
+    simulate_fleet(T4, traffic(1, 10.0), fleet)
+    start = time.process_time()
+    run = simulate_fleet(T4, workload, fleet)
+    assert time.process_time() - start < 3.0
+    assert run.totals["request_success_total"] > 70_000
