@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: lab verify test test-slow bench lint clean
+.PHONY: lab verify test test-slow coverage bench lint clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest tests -n auto -m slow
+
+coverage: $(STAMP)
+	$(BIN)/coverage run -m pytest tests -m "not slow"
+	$(BIN)/coverage report --skip-covered
 
 # Timing claims live here, not in tests. The engine is timed as it is installed, its hot modules compiled.
 bench: $(STAMP)

@@ -10,7 +10,14 @@ import sys
 
 from setuptools import Extension, setup
 
-HOT = ("ramp", "cost", "frontend", "client", "jumping")
+HOT = (
+    "engine/ramp.py",
+    "engine/cost.py",
+    "engine/frontend.py",
+    "engine/client.py",
+    "engine/jumping.py",
+    "cluster/replica.py",
+)
 
 
 def extensions() -> list[Extension]:
@@ -25,7 +32,7 @@ def extensions() -> list[Extension]:
                 "--config-file=",
                 "--follow-imports=silent",
                 "--ignore-missing-imports",
-                *(f"pytest_gpulab/engine/{name}.py" for name in HOT),
+                *(f"pytest_gpulab/{path}" for path in HOT),
             ],
             opt_level="2",
         )

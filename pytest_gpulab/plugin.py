@@ -131,10 +131,6 @@ class SessionHooks:
         self.session.take_catalog(node.gateway.id)
 
     @pytest.hookimpl(optionalhook=True)
-    def pytest_html_report_title(self, report: Any) -> None:
-        html().set_title(report, self.session.decisions)
-
-    @pytest.hookimpl(optionalhook=True)
     def pytest_html_results_table_header(self, cells: list[str]) -> None:
         html().header_cells(cells)
 

@@ -42,12 +42,6 @@ _COLUMNS = {
 # --- the results table ----------------------------------------------------------------------------------------
 
 
-def set_title(report: Any, decisions: Sequence[Decision]) -> None:
-    """Call a report that shows decisions by what it shows; others keep their title."""
-    if decisions:
-        report.title = "Decisions on evidence"
-
-
 def header_cells(cells: list[str]) -> None:
     """Add the sortable columns Verdict and Basis to the header, in place."""
     cells[_CELLS_AT:_CELLS_AT] = [
