@@ -294,8 +294,14 @@ def _crash(report: pytest.TestReport, evidence: dict[str, Any] | None) -> str:
     if evidence is not None and evidence["reason"]:
         return str(evidence["reason"])
     crash = getattr(report.longrepr, "reprcrash", None)
-    text = str(crash.message).splitlines()[0] if crash is not None else _last_line(report.longreprtext)
+    text = _first_lines(str(crash.message)) if crash is not None else _last_line(report.longreprtext)
     return f"{report.when} failed: {text}"
+
+
+def _first_lines(message: str) -> str:
+    """The line that says what happened; pydantic says which field and why in the two after its first."""
+    lines = message.splitlines()
+    return " ".join(line.strip() for line in lines[: 3 if "ValidationError" in lines[0] else 1])
 
 
 def _skip_reason(report: pytest.TestReport) -> str:
