@@ -6,7 +6,7 @@ describe this workload, not a stationary state.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,12 +29,19 @@ def latencies(run: Run, interval: Interval) -> NDArray[np.float64]:
     table = run.requests
     if interval == "tpot":
         table = table[(table["output_tokens"] > 1) | ~table["ok"]]
-        seconds = (table["last_token"] - table["first_token"]) / np.maximum(table["output_tokens"] - 1, 1)
-    else:
-        end = "first_token" if interval == "ttft" else "last_token"
-        start = "sent" if interval == "service" else "scheduled"
-        seconds = table[end] - table[start]
-    return np.where(table["ok"], seconds, np.inf)
+    return np.where(table["ok"], _seconds(table, interval), np.inf)
+
+
+def _seconds(table: NDArray[Any], interval: Interval) -> NDArray[np.float64]:
+    """Seconds of `interval` in each row of a request table; NaN where it never happened, 0 tpot for one token."""
+    start, end = {
+        "e2e": ("scheduled", "last_token"),
+        "ttft": ("scheduled", "first_token"),
+        "service": ("sent", "last_token"),
+        "tpot": ("first_token", "last_token"),
+    }[interval]
+    seconds: NDArray[np.float64] = table[end] - table[start]
+    return seconds / np.maximum(table["output_tokens"] - 1, 1) if interval == "tpot" else seconds
 
 
 def percentile(values: NDArray[np.float64], percent: float) -> float:
@@ -64,12 +71,7 @@ def useful_requests(run: Run, slo: dict[Interval, float]) -> int:
     """How many requests met every limit of `slo` (seconds); undelivered ones never do."""
     good = run.requests["ok"].copy()
     for interval, limit_s in slo.items():
-        table = run.requests
-        if interval == "tpot":
-            seconds = (table["last_token"] - table["first_token"]) / np.maximum(table["output_tokens"] - 1, 1)
-        else:
-            seconds = latencies(run, interval)
-        good &= seconds <= limit_s
+        good &= _seconds(run.requests, interval) <= limit_s
     return int(good.sum())
 
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from pytest_gpulab.engine.cost import GRAPH_TOKENS, StepCost
 from pytest_gpulab.engine.frontend import EARLY_SHARE, INTAKE_TURNS, SLICE
-from pytest_gpulab.engine.jumping import NeedsStepping
+from pytest_gpulab.engine.jumping import NeedsStepping, require_plain
 from pytest_gpulab.engine.plan import Plan
 from pytest_gpulab.engine.ramp import ramp_count, ramp_sum
 
@@ -462,13 +462,7 @@ class Replica:
 
 def _require_plain(plan: Plan) -> None:
     """NeedsStepping for settings that running sums cannot follow."""
-    config = plan.config
-    for plain, what in (
-        (not (plan.workload.shared_prefix_tokens and config.enable_prefix_caching), "prefix cache hits"),
-        (config.long_prefill_token_threshold == 0, "several prompts in parts at once"),
-        (config.watermark == 0, "a watermark"),
-        (not plan.eager, "launches in decode steps"),
-        (plan.variant.gpu.per_context_token_s >= 0, "decode steps that get faster"),
-    ):
-        if not plain:
-            raise NeedsStepping(f"a fleet cannot simulate {what}; leave that setting at its default")
+    try:
+        require_plain(plan)
+    except NeedsStepping as refusal:
+        raise NeedsStepping(f"a fleet cannot simulate {refusal}; leave that setting at its default") from None

@@ -36,7 +36,7 @@ class NeedsStepping(Exception):
 
 def run_jumping(plan: Plan) -> Outcome:
     """Simulate the plan. NeedsStepping when it cannot be done exactly here."""
-    _require_plain(plan)
+    require_plain(plan)
     return _Jumping(plan).run()
 
 
@@ -365,7 +365,7 @@ def _sends_all(plan: Plan) -> bool:
     return plan.workload.admission == Direct() and not isinstance(plan.workload.arrivals, ClosedLoop)
 
 
-def _require_plain(plan: Plan) -> None:
+def require_plain(plan: Plan) -> None:
     """NeedsStepping for settings that the running sums cannot follow."""
     config = plan.config
     for unless, what in (
