@@ -16,6 +16,8 @@ class Model:
     """
 
     name: str
+    repository: str
+    """Where its weights are published, as vLLM's ``--model`` takes it."""
     parameters: int
     layers: int
     kv_heads: int
@@ -41,8 +43,22 @@ class Model:
 MODELS = {
     model.name: model
     for model in (
-        Model("qwen2.5-0.5b", 494_032_768, 24, 2, 64, 32_768, 896, 4_864, 151_936, True),
-        Model("llama-3.1-8b", 8_030_261_248, 32, 8, 128, 131_072, 4_096, 14_336, 128_256, False),
+        Model(
+            "qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B-Instruct", 494_032_768, 24, 2, 64, 32_768, 896, 4_864, 151_936, True
+        ),
+        Model(
+            "llama-3.1-8b",
+            "meta-llama/Llama-3.1-8B-Instruct",
+            8_030_261_248,
+            32,
+            8,
+            128,
+            131_072,
+            4_096,
+            14_336,
+            128_256,
+            False,
+        ),
     )
 }
 

@@ -1,0 +1,72 @@
+"""vLLM's command line: a Profile's model and engine arguments as flags, and back.
+
+Flags are named after the engine arguments, as vLLM's own are; ``--flag`` and ``--no-flag`` for booleans.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from pytest_gpulab.experiment import EngineArgs, Profile
+from pytest_gpulab.models import MODELS, find_model
+
+_IGNORED = ("--host", "--port", "--load-format", "--tokenizer", "--api-key", "--served-model-name")
+"""Flags with a value that change nothing about speed or scheduling."""
+
+
+def to_argv(profile: Profile, model: str | None = None) -> list[str]:
+    """Arguments of vLLM's API server that serve `profile`; engine arguments at their defaults are left out.
+
+    Args:
+        model: a folder or repository to load; default: where the model is published. Clients call it by the
+            profile's name in either case.
+    """
+    argv = ["--model", model or find_model(profile.model).repository, "--served-model-name", profile.model]
+    for name, value in profile.engine_args.model_dump(exclude_defaults=True).items():
+        argv += _flag(name, value)
+    return argv
+
+
+def _flag(name: str, value: object) -> list[str]:
+    dashed = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{dashed}" if value else f"--no-{dashed}"]
+    return [f"--{dashed}", str(value)]
+
+
+def from_argv(argv: Sequence[str], accelerator: str) -> Profile:
+    """The Profile that a server started with `argv` on `accelerator` serves.
+
+    Raises:
+        ValueError: an unknown flag or model, or a value that vLLM would refuse.
+    """
+    parser = _Parser(prog="vllm", add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--model", required=True)
+    for name in EngineArgs.model_fields:
+        _add_flag(parser, name)
+    for flag in _IGNORED:
+        parser.add_argument(flag, dest="ignored")
+    given = vars(parser.parse_args(list(argv)))
+    given.pop("ignored", None)
+    return Profile(model=_model_name(given.pop("model")), accelerator=accelerator, engine_args=EngineArgs(**given))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"vLLM's arguments cannot be read: {message}")
+
+
+def _add_flag(parser: argparse.ArgumentParser, name: str) -> None:
+    field = EngineArgs.model_fields[name]
+    options: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if field.annotation is bool else {}
+    if isinstance(field.default, int) and not options:
+        options["type"] = int  # choices of numbers are not converted from text
+    parser.add_argument(f"--{name.replace('_', '-')}", dest=name, **options)
+
+
+def _model_name(given: str) -> str:
+    """The lab's name of a model given as a repository, a folder or that name."""
+    by_repository = {model.repository: model.name for model in MODELS.values()}
+    return by_repository.get(given) or find_model(given.rstrip("/").rsplit("/", 1)[-1]).name
