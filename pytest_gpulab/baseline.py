@@ -51,6 +51,11 @@ def load_baseline(path: Path, target: str, accelerator: str) -> Record:
             f"{path} is no decision record of this version: {field}: {first['msg']}; write one with "
             "--gpulab-report-dir and commit its decision-record.json"
         ) from None
+    if record.session.narrowed:
+        raise ValueError(
+            f"{path} is the record of a session that did not run the whole catalog ({record.session.narrowed}): a "
+            "decision it lacks could be lost unseen; give the record of a full session"
+        )
     for what, expected, got in (("target", target, record.target), ("accelerator", accelerator, record.accelerator)):
         if expected != got:
             raise ValueError(

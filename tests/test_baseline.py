@@ -186,6 +186,14 @@ def test_baseline_of_another_setup_is_refused(project: Project) -> None:
     assert "is a record of target 'vllm', this session's is 'sim'" in "\n".join(result.errlines)
 
 
+def test_baseline_of_a_narrowed_session_is_refused(project: Project) -> None:
+    """A decision that the narrowed session did not run could be lost unseen."""
+    project.write(studies(a="supported", b="supported")).run("-k", "test_a")
+    result = project.run("--gpulab-gate=reports/decision-record.partial.json")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*did not run the whole catalog (-k test_a)*"])
+
+
 def test_baseline_folder_is_refused(project: Project) -> None:
     result = project.write(studies(a="supported")).run("--gpulab-gate=.")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
