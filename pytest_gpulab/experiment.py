@@ -6,41 +6,19 @@ here; `pytest_gpulab.arrivals` turns a Workload and a seed into a schedule.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pytest_gpulab.accelerators import find_accelerator
-from pytest_gpulab.errors import unknown_name
+from pytest_gpulab.definition import Definition
+from pytest_gpulab.fleet import Fleet
 from pytest_gpulab.models import find_model
 
 Tokens = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False, description="requests per second")]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class Definition(BaseModel):
-    """A frozen piece of an experiment; unknown fields are refused with the nearest name."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_unknown_fields(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            for name in values:
-                if name not in cls.model_fields:
-                    raise ValueError(unknown_name(f"field of {cls.__name__}", str(name), cls.model_fields))
-        return values
-
-    @property
-    def definition_hash(self) -> str:
-        """First 16 hex digits of the SHA-256 of the canonical JSON: equal definitions, equal hash."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 # --- arrivals: when requests come -------------------------------------------------------------------
@@ -291,7 +269,8 @@ class EngineArgs(Definition):
 class Profile(Definition):
     """What serves: model, vLLM engine arguments, accelerator and the instance type that carries it.
 
-    `price_usd_per_hour` is of one accelerator; without it the accelerator's price on record counts.
+    `price_usd_per_hour` is of one accelerator; without it the accelerator's price on record counts. `fleet` says how
+    it is deployed; None is one server that is there before the workload comes and stays as it is.
     """
 
     model: str
@@ -299,6 +278,7 @@ class Profile(Definition):
     engine_args: EngineArgs = EngineArgs()
     instance_type: str | None = None
     price_usd_per_hour: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    fleet: Fleet | None = None
 
     @field_validator("model")
     @classmethod
@@ -332,6 +312,10 @@ class Profile(Definition):
         """The same profile with some engine arguments changed (validated)."""
         args = EngineArgs(**{**self.engine_args.model_dump(), **changes})
         return self.model_copy(update={"engine_args": args})
+
+    def on(self, fleet: Fleet) -> Self:
+        """The same profile, deployed as `fleet`."""
+        return self.model_copy(update={"fleet": fleet})
 
 
 def require_servable(workload: Workload, profile: Profile) -> None:

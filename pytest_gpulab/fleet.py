@@ -1,0 +1,113 @@
+"""How a profile is deployed: replicas, their autoscaler, the capacity they run on, and what goes wrong there."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pytest_gpulab.definition import Definition
+
+Count = Annotated[int, Field(ge=1)]
+Moment = Annotated[float, Field(ge=0, allow_inf_nan=False, description="seconds after the run's start")]
+
+
+class Shortage(Definition):
+    """No capacity for what matches, from `start_s` to `end_s` seconds after the run's start.
+
+    "" matches all; without `end_s` it lasts.
+    """
+
+    capacity_type: Literal["", "reserved", "spot", "on-demand"] = ""
+    instance_type: str = ""
+    zone: str = ""
+    start_s: Moment = 0.0
+    end_s: Moment | None = None
+
+
+class Faults(Definition):
+    """What goes wrong, all of it known before and none of it before warm replicas are ready.
+
+    Times are seconds after the run's start; for a cluster without a run, after the cluster's.
+    """
+
+    shortages: tuple[Shortage, ...] = ()
+    interruptions: tuple[Moment, ...] = ()
+    """When the oldest running spot instance gets its notice."""
+    losses: tuple[Moment, ...] = ()
+    """When the oldest running instance dies without notice."""
+    pod_deletions: tuple[Moment, ...] = ()
+    """When somebody deletes the oldest Ready pod."""
+    never_register: bool = False
+    """Instances boot, but no node joins the cluster."""
+    never_allocatable: bool = False
+    """Nodes join, but the device plugin never shows a GPU."""
+    launch_hangs: bool = False
+    """CreateFleet does not answer."""
+    bad_images: tuple[str, ...] = ()
+    """Images that no registry has."""
+    crash_after_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Containers exit with an error so long after their start."""
+
+
+NO_FAULTS: Final = Faults()
+
+
+class Autoscaling(Definition):
+    """A HorizontalPodAutoscaler on the replicas' own pressure.
+
+    `running` scales on requests that run (the engine holds at most ``max_num_seqs`` of them), `active-pressure` on
+    running and waiting together. `target` is the average per replica. `scale_down_window_s` None: no ``behavior``,
+    the controller's older rules.
+    """
+
+    policy: Literal["running", "active-pressure"] = "active-pressure"
+    target: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.0
+    min_replicas: Count = 1
+    max_replicas: Count = 4
+    scale_down_window_s: Annotated[int, Field(ge=0, le=3600)] | None = None
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas must be at most max_replicas, got {self.min_replicas} > {self.max_replicas}; "
+                "raise max_replicas"
+            )
+        return self
+
+    @property
+    def metric(self) -> str:
+        """As the adapter names it."""
+        return "vllm_requests_running" if self.policy == "running" else "vllm_requests_active"
+
+
+class Fleet(Definition):
+    """How a profile is deployed.
+
+    `warm`: so many replicas are ready when the run starts; 0 starts from zero nodes, and the workload's first second
+    is the moment the deployment appears. `pre_stop_s`: how long a pod that is ending keeps serving what it has.
+    """
+
+    autoscaling: Autoscaling | None = Autoscaling()
+    replicas: Count = 1
+    """Without autoscaling."""
+    warm: Annotated[int, Field(ge=0)] = 0
+    capacity: tuple[Literal["spot", "on-demand"], ...] = Field(("spot", "on-demand"), min_length=1)
+    max_gpus: Count = 16
+    consolidate_after_s: Annotated[int, Field(ge=0)] = 30
+    pre_stop_s: Annotated[int, Field(ge=0)] = 0
+    grace_s: Annotated[int, Field(ge=0)] = 30
+    readiness_period_s: Count = 5
+    stages: Literal["g4dn", "g4dn-soci", "p5en", "p5en-soci"] = "g4dn"
+    """How long a cold start takes: a name in `cluster.durations`."""
+    faults: Faults = NO_FAULTS
+
+    @property
+    def deployed(self) -> int:
+        """Replicas of the Deployment before the autoscaler has decided anything."""
+        return max(self.autoscaling.min_replicas if self.autoscaling else self.replicas, self.warm)
+
+
+FROM_ZERO: Final = Fleet()
+WARM_ONE: Final = Fleet(warm=1)
