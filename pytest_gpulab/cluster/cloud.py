@@ -1,7 +1,7 @@
 """An emulated EC2: what can be bought, what is sold out, and what happens to the machines.
 
 Karpenter's kwok provider is the model: instances are entries in a table. Prices are on demand in us-west-2, spot is a
-share of that. Everything that goes wrong is stated up front in `Faults` or asked for by a test.
+share of that. Everything that goes wrong is stated up front in `fleet.Faults` or asked for by a test.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Final, Literal
 
 from pytest_gpulab.cluster.clock import Clock
 from pytest_gpulab.cluster.quantity import Amounts
+from pytest_gpulab.fleet import NO_FAULTS, Faults, Shortage
 
 GIB: Final = 1024**3
 GPU: Final = "nvidia.com/gpu"
@@ -126,44 +127,11 @@ def catalog(types: Iterable[InstanceType] = INSTANCE_TYPES, zones: Iterable[str]
     )
 
 
-@dataclass(frozen=True)
-class Shortage:
-    """No capacity for what matches, from `start` to `end` seconds after the cluster's start. "" matches all."""
-
-    capacity_type: str = ""
-    instance_type: str = ""
-    zone: str = ""
-    start: float = 0.0
-    end: float = float("inf")
-
-    def covers(self, offering: Offering, at: float) -> bool:
-        """Whether EC2 would refuse this now."""
-        pairs = zip((self.instance_type, self.zone, self.capacity_type), offering.key, strict=True)
-        return self.start <= at < self.end and all(not wanted or wanted == has for wanted, has in pairs)
-
-
-@dataclass(frozen=True)
-class Faults:
-    """What goes wrong, all of it known before. Times are seconds after the cluster's start."""
-
-    shortages: tuple[Shortage, ...] = ()
-    interruptions: tuple[float, ...] = ()
-    """When the oldest running spot instance gets its notice."""
-    losses: tuple[float, ...] = ()
-    """When the oldest running instance dies without notice."""
-    never_register: bool = False
-    """Instances boot, but no node joins the cluster."""
-    never_allocatable: bool = False
-    """Nodes join, but the device plugin never shows a GPU."""
-    launch_hangs: bool = False
-    """CreateFleet does not answer."""
-    bad_images: tuple[str, ...] = ()
-    """Images that no registry has."""
-    crash_after_s: float | None = None
-    """Containers exit with an error so long after their start."""
-
-
-NO_FAULTS: Final = Faults()
+def covers(shortage: Shortage, offering: Offering, at: float) -> bool:
+    """Whether EC2 would refuse the offering `at` seconds after the start that faults count from."""
+    pairs = zip((shortage.instance_type, shortage.zone, shortage.capacity_type), offering.key, strict=True)
+    lasts = shortage.start_s <= at and (shortage.end_s is None or at < shortage.end_s)
+    return lasts and all(not wanted or wanted == has for wanted, has in pairs)
 
 
 class InsufficientCapacity(Exception):
@@ -212,10 +180,15 @@ class Cloud:
     on_end: list[Notice] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.suffer(self.faults)
+
+    def suffer(self, faults: Faults) -> None:
+        """From now on these faults happen; their times count from now."""
+        self.faults = faults
         self._start = self.clock.now()
-        for at in self.faults.interruptions:
+        for at in faults.interruptions:
             self.clock.call_at(self._start + at, self._interrupt_oldest)
-        for at in self.faults.losses:
+        for at in faults.losses:
             self.clock.call_at(self._start + at, self._lose_oldest)
 
     def launch(self, wanted: Iterable[Offering]) -> Instance:
@@ -223,7 +196,7 @@ class Cloud:
         wanted = tuple(wanted)
         now = self.clock.now()
         for offering in wanted:
-            if not any(shortage.covers(offering, now - self._start) for shortage in self.faults.shortages):
+            if not any(covers(shortage, offering, now - self._start) for shortage in self.faults.shortages):
                 instance = Instance(f"i-{len(self.instances) + 1:017x}", offering, now)
                 self.instances[instance.id] = instance
                 return instance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Callable
 from typing import Any
 
@@ -158,7 +159,12 @@ def _hpa(obj: Object) -> Object:
 
 
 def _secret(obj: Object) -> Object:
-    return under({"type": "Opaque"}, obj)
+    """`stringData` is only a way to write: it is kept, and read, as `data`."""
+    plain = obj.get("stringData")
+    if plain:
+        encoded = {key: b64encode(str(value).encode()).decode() for key, value in plain.items()}
+        obj = {**obj, "data": {**(obj.get("data") or {}), **encoded}}
+    return under({"type": "Opaque"}, {key: value for key, value in obj.items() if key != "stringData"})
 
 
 _FIRST_STATUS: dict[Resource, Object] = {
@@ -170,10 +176,12 @@ _FIRST_STATUS: dict[Resource, Object] = {
         "numberMisscheduled": 0,
         "numberReady": 0,
     },
+    kinds.INGRESS: {"loadBalancer": {}},
+    kinds.SERVICE: {"loadBalancer": {}},
     kinds.HPA: {"currentReplicas": 0, "desiredReplicas": 0},
     kinds.DISRUPTION_BUDGET: {"currentHealthy": 0, "desiredHealthy": 0, "disruptionsAllowed": 0, "expectedPods": 0},
 }
-"""The counts that are never left out: typed clients insist on them."""
+"""What is never left out: typed clients insist on it."""
 _FILL: dict[Resource, Callable[[Object], Object]] = {
     kinds.POD: _pod,
     kinds.DEPLOYMENT: _deployment,

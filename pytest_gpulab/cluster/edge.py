@@ -22,11 +22,12 @@ class Edge:
     def __init__(self) -> None:
         self.live: list[Replica] = []
         """Servers that exist, whether they get new requests or not."""
-        self.endpoints: list[Replica] = []
+        self.endpoints: list[Replica | None] = []
+        """None: its machine is gone and nobody has noticed. What is sent there is lost."""
         self._turn = -1
 
     def next(self) -> Replica | None:
-        """Where the next request goes; None is a 503."""
+        """Where the next request goes; None: it is lost, and without endpoints that is a 503."""
         if not self.endpoints:
             return None
         self._turn += 1
@@ -40,7 +41,8 @@ class Edge:
             self._turn += 1
             replica = self.endpoints[self._turn % len(self.endpoints)]
             requests = range(first + offset, first + len(times), len(self.endpoints))
-            replica.submit_all(times[offset :: len(self.endpoints)], requests)
+            if replica is not None:
+                replica.submit_all(times[offset :: len(self.endpoints)], requests)
         self._turn += len(times) - len(self.endpoints)
 
     def advance(self, until: float) -> None:

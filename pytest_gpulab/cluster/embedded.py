@@ -5,28 +5,32 @@ With a `VirtualClock` it is a simulation; with a `RealClock` the same controller
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from pytest_gpulab.cluster.adapter import AdapterRule, shipped_rules
 from pytest_gpulab.cluster.autoscaler import Autoscaler
 from pytest_gpulab.cluster.clock import Clock, VirtualClock
-from pytest_gpulab.cluster.cloud import NO_FAULTS, Cloud, Faults, Offering, catalog
+from pytest_gpulab.cluster.cloud import GPU, Cloud, Offering, catalog
+from pytest_gpulab.cluster.conditions import is_true
 from pytest_gpulab.cluster.disruption import Consolidatable, Disruption, GarbageCollection, Interruption, PodEvents
 from pytest_gpulab.cluster.durations import G4DN, Durations, Stages
 from pytest_gpulab.cluster.karpenter import Unavailable
 from pytest_gpulab.cluster.kubelet import Kubelets
 from pytest_gpulab.cluster.manager import Controller, Manager
-from pytest_gpulab.cluster.metrics import ACTIVE_RULE, RUNNING_RULE, AdapterRule, Prometheus
+from pytest_gpulab.cluster.metrics import Prometheus
 from pytest_gpulab.cluster.nodeclaims import NodeClaims
 from pytest_gpulab.cluster.nodes import Machines, NodeMonitor
-from pytest_gpulab.cluster.objects import Object, name_of, namespace_of
+from pytest_gpulab.cluster.objects import Object, is_deleting, name_of, namespace_of
 from pytest_gpulab.cluster.provisioning import Provisioner
+from pytest_gpulab.cluster.quantity import pod_requests
 from pytest_gpulab.cluster.recorder import last_events
-from pytest_gpulab.cluster.resources import Resource
+from pytest_gpulab.cluster.resources import POD, Resource
 from pytest_gpulab.cluster.scheduler import Scheduler
 from pytest_gpulab.cluster.service import Services
 from pytest_gpulab.cluster.store import Store
 from pytest_gpulab.cluster.workloads import Deployments, ReplicaSets
+from pytest_gpulab.fleet import NO_FAULTS, Faults
 
 
 class DeadlineExceeded(Exception):
@@ -38,6 +42,7 @@ class EmbeddedCluster:
 
     Args:
         read: the gauges of a pod's model server, for Prometheus; None: nothing is scraped, autoscalers see nothing.
+        rules: the adapter's as long as the store has no ConfigMap of it; None: those of the lab's manifest.
     """
 
     def __init__(
@@ -49,15 +54,16 @@ class EmbeddedCluster:
         faults: Faults = NO_FAULTS,
         offerings: tuple[Offering, ...] | None = None,
         read: Callable[[Object], Mapping[str, float] | None] | None = None,
-        rules: tuple[AdapterRule, ...] = (RUNNING_RULE, ACTIVE_RULE),
+        rules: tuple[AdapterRule, ...] | None = None,
     ) -> None:
         self.clock = clock
         self.store = store = Store(clock, seed=seed)
         self.cloud = cloud = Cloud(clock, catalog() if offerings is None else offerings, faults)
         self.unavailable = Unavailable()
-        durations = Durations(stages, seed)
+        self.durations = durations = Durations(stages, seed)
         self.kubelets = Kubelets(store, clock, cloud, durations)
         cloud.on_end.append(lambda instance: self.kubelets.lost(instance.provider_id))
+        rules = shipped_rules() if rules is None else rules
         self.prometheus = Prometheus(store, clock, read or (lambda pod: None), rules)
         self.manager = Manager(store, clock)
         controllers: tuple[Controller, ...] = (
@@ -83,6 +89,27 @@ class EmbeddedCluster:
             self.prometheus,
         ):
             loop.start()
+        self._delete_pods_at(faults.pod_deletions)
+
+    def suffer(self, faults: Faults) -> None:
+        """From now on these faults happen; their times count from now."""
+        self.cloud.suffer(faults)
+        self._delete_pods_at(faults.pod_deletions)
+
+    def _delete_pods_at(self, moments: Iterable[float]) -> None:
+        for seconds in moments:
+            self.clock.call_later(seconds, self._delete_oldest_pod)
+
+    def _delete_oldest_pod(self) -> None:
+        """Of the model servers that are Ready."""
+        ready = [
+            pod
+            for pod in self.store.list(POD)
+            if is_true(pod, "Ready") and not is_deleting(pod) and pod_requests(pod["spec"]).get(GPU)
+        ]
+        if ready:
+            oldest = min(ready, key=lambda pod: (pod["metadata"]["creationTimestamp"], name_of(pod)))
+            self.store.delete(POD, name_of(oldest), namespace_of(oldest))
 
     def apply(self, resource: Resource, obj: Object) -> Object:
         """Create an object, or lay it over the one that exists."""

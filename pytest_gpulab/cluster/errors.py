@@ -4,7 +4,7 @@ ApiError
 +-- BadRequest 400     +-- Conflict 409           +-- Invalid 422
 +-- Unauthorized 401   +-- AlreadyExists 409      +-- TooManyRequests 429
 +-- Forbidden 403      +-- Expired 410
-+-- NotFound 404       +-- TooLarge 413
++-- NotFound 404       +-- TooLarge 413           +-- ServiceUnavailable 503
 +-- NotAllowed 405     +-- Unsupported 415
 """
 
@@ -110,6 +110,12 @@ class TooManyRequests(ApiError):
     """Try again later: a disruption budget is spent."""
 
     code, reason = 429, "TooManyRequests"
+
+
+class ServiceUnavailable(ApiError):
+    """What is behind the API does not answer."""
+
+    code, reason = 503, "ServiceUnavailable"
 
 
 def about(resource: Resource, name: str) -> dict[str, str]:

@@ -1,8 +1,9 @@
 """The kubelets of all nodes: image pull, container start, model load, probes, restarts, graceful termination.
 
 Facts from Kubernetes 1.33, pkg/kubelet: image pull and crash backoff 10 s doubled up to 5 min, probes from their own
-fields, SIGTERM after the preStop sleep, SIGKILL at the end of the grace period. A container here is a model server:
-it answers its probes `model_load` after its start. A pod has one container that counts, its first.
+fields, SIGTERM after the preStop sleep, SIGKILL at the end of the grace period. A container with a GPU is a model
+server: it answers its probes `model_load` after its start. A pod has one container that counts, its first. Where a
+real server stands behind the pod (`Hooks`), it is asked, too: probes fail until it answers, and it may drain.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from pytest_gpulab.cluster.clock import Clock
-from pytest_gpulab.cluster.cloud import Cloud
+from pytest_gpulab.cluster.cloud import GPU, Cloud
 from pytest_gpulab.cluster.conditions import is_true, with_condition, with_status
 from pytest_gpulab.cluster.durations import Durations
+from pytest_gpulab.cluster.environment import MissingReference, environment
 from pytest_gpulab.cluster.events import DELETED, Event
 from pytest_gpulab.cluster.manager import Ref, ref_of
 from pytest_gpulab.cluster.objects import Object, at, is_deleting, name_of, namespace_of, timestamp, uid_of
@@ -24,6 +26,8 @@ from pytest_gpulab.cluster.resources import NODE, POD
 from pytest_gpulab.cluster.scheduler import is_terminal
 from pytest_gpulab.cluster.store import Store
 
+RELIST_S: Final = 1.0
+"""How often the kubelet looks whether a container has ended (pod lifecycle event generator)."""
 FIRST_BACKOFF_S: Final = 10.0
 LONGEST_BACKOFF_S: Final = 300.0
 ORPHAN_S: Final = 40.0
@@ -69,6 +73,8 @@ class Process:
     """When the readiness probe has passed."""
     dies: float = math.inf
     """When it exits by itself, or is killed for its startup probe."""
+    error: str = ""
+    """Why it exits at once, in its own words."""
 
 
 @dataclass
@@ -80,6 +86,10 @@ class _Life:
     failures: int = 0
     restarts: int = 0
     process: Process | None = None
+    last: dict[str, Any] = field(default_factory=dict)
+    """How the last process ended: a container's `lastState`."""
+    killed: float = math.inf
+    """When the grace period is over."""
     orphaned: float | None = None
     announced: bool = False
 
@@ -93,8 +103,16 @@ class Hooks:
 
     healthy: list[Listener] = field(default_factory=list)
     """Its server answers from now on."""
+    terminated: list[Listener] = field(default_factory=list)
+    """Its server gets SIGTERM."""
     stopped: list[Listener] = field(default_factory=list)
     """Its server does not exist any more."""
+    refusal: Callable[[Object], str] = lambda pod: ""
+    """Why its server exits at once when it is started; "": it does not."""
+    answers: Callable[[Object], bool] = lambda pod: True
+    """Whether its server, which is healthy, answers a probe."""
+    drains: Callable[[Object], bool] = lambda pod: False
+    """Whether its server still has work after SIGTERM."""
 
 
 class Kubelets:
@@ -154,7 +172,7 @@ class Kubelets:
         if not self._cloud.running(at(node, "spec.providerID", "")):
             return None
         now = self._clock.now()
-        if is_deleting(pod) and life.stage != "stop":
+        if is_deleting(pod) and life.stage not in ("prestop", "stop"):
             self._begin_stop(pod, life, now)
         while life.due <= now or life.stage == "pull":
             pod = self._advance(pod, life, now)
@@ -171,6 +189,7 @@ class Kubelets:
             "load": self._healthy,
             "probe": self._ready,
             "serve": self._crashed,
+            "prestop": self._terminate,
             "stop": self._ended,
         }
         return steps[life.stage](pod, life, now)
@@ -186,7 +205,8 @@ class Kubelets:
             return pod
         self._events.normal(pod, "Pulling", f'Pulling image "{image}"')
         bad = image in self._cloud.faults.bad_images
-        life.due = now + (1.0 if bad else self._durations.draw("image_pull"))
+        stage = "image_pull" if _uses_gpu(pod) else "tool_pull"
+        life.due = now + (1.0 if bad else self._durations.draw(stage))
         return self._waiting(pod, life, "ContainerCreating")
 
     def _pulled(self, pod: Object, life: _Life, now: float) -> Object:
@@ -205,14 +225,22 @@ class Kubelets:
 
     def _start(self, pod: Object, life: _Life, now: float) -> Object:
         container = _container(pod)
-        healthy = now + self._durations.draw("model_load")
+        try:
+            environment(self._store, pod, container)
+        except MissingReference as missing:
+            self._events.warning(pod, "Failed", f"Error: {missing}")
+            life.due = now + FIRST_BACKOFF_S
+            return self._waiting(pod, life, "CreateContainerConfigError", str(missing))
+        healthy = now + self._durations.draw("model_load" if _uses_gpu(pod) else "tool_start")
         startup = container.get("startupProbe")
         passed = probe_passes(startup, now, healthy) if startup else now
         ready = probe_passes(container.get("readinessProbe"), now, max(healthy, passed or now))
         fails = startup_fails(startup, now, healthy)
         crash = self._cloud.faults.crash_after_s
         dies = min(math.inf if fails is None else fails, math.inf if crash is None else now + crash)
-        life.process = Process(now, healthy, ready if ready is not None else math.inf, dies)
+        error = self.hooks.refusal(pod)
+        dies = now if error else dies
+        life.process = Process(now, healthy, ready if ready is not None else math.inf, dies, error)
         life.stage, life.due = ("load", healthy) if healthy < dies else ("serve", dies)
         self._events.normal(pod, "Started", f"Started container {container['name']}")
         return self._running(pod, life, ready=False)
@@ -228,6 +256,9 @@ class Kubelets:
 
     def _ready(self, pod: Object, life: _Life, now: float) -> Object:
         assert life.process is not None
+        if not self.hooks.answers(pod):
+            life.due = now + at(_container(pod), "readinessProbe.periodSeconds", RELIST_S)
+            return pod
         life.stage, life.due = "serve", life.process.dies
         return self._running(pod, life, ready=True)
 
@@ -239,24 +270,36 @@ class Kubelets:
         if startup is not None and now >= startup:
             self._events.warning(pod, "Unhealthy", "Startup probe failed")
             self._events.normal(pod, "Killing", f"Container {_container(pod)['name']} failed startup probe")
+        life.last = {"terminated": _exit(_container(pod), life.process, now)}
         self._stop(pod, life)
         life.restarts += 1
         wait = backoff(life.restarts)
         self._events.warning(pod, "BackOff", f"Back-off restarting failed container {_container(pod)['name']}")
         life.stage, life.due = "create", now + wait
-        return self._waiting(pod, life, "CrashLoopBackOff")
+        message = f"back-off {wait:.0f}s restarting failed container={_container(pod)['name']} pod={name_of(pod)}"
+        return self._waiting(pod, life, "CrashLoopBackOff", message)
 
     def _begin_stop(self, pod: Object, life: _Life, now: float) -> None:
         """The preStop sleep, then SIGTERM; never longer than the grace period."""
-        grace = pod["metadata"].get("deletionGracePeriodSeconds", 30)
         if life.process is None:
             life.stage, life.due = "stop", now
             return
+        life.killed = now + pod["metadata"].get("deletionGracePeriodSeconds", 30)
         sleep = at(_container(pod), "lifecycle.preStop.sleep.seconds", 0)
         self._events.normal(pod, "Killing", f"Stopping container {_container(pod)['name']}")
-        life.stage, life.due = "stop", now + min(sleep + self._durations.draw("stop"), grace)
+        life.stage, life.due = "prestop", min(now + sleep, life.killed)
+
+    def _terminate(self, pod: Object, life: _Life, now: float) -> Object:
+        if life.announced:
+            for listener in self.hooks.terminated:
+                listener(pod)
+        life.stage, life.due = "stop", min(now + self._durations.draw("stop"), life.killed)
+        return pod
 
     def _ended(self, pod: Object, life: _Life, now: float) -> Object:
+        if now < life.killed and life.announced and self.hooks.drains(pod):
+            life.due = min(now + RELIST_S, life.killed)
+            return pod
         self._stop(pod, life)
         life.due = math.inf
         self._store.delete(POD, name_of(pod), namespace_of(pod), grace=0)
@@ -287,8 +330,8 @@ class Kubelets:
 
     # what the pod's status says
 
-    def _waiting(self, pod: Object, life: _Life, reason: str) -> Object:
-        state = {"waiting": {"reason": reason}}
+    def _waiting(self, pod: Object, life: _Life, reason: str, message: str = "") -> Object:
+        state = {"waiting": {"reason": reason} | ({"message": message} if message else {})}
         started = at(pod, "status.phase") == "Running"
         pod = with_status(
             pod, phase="Running" if started else "Pending", containerStatuses=[_status(pod, life, state)]
@@ -326,6 +369,10 @@ def _container(pod: Object) -> dict[str, Any]:
     return container
 
 
+def _uses_gpu(pod: Object) -> bool:
+    return GPU in at(_container(pod), "resources.limits", {})
+
+
 def _status(pod: Object, life: _Life, state: dict[str, Any]) -> dict[str, Any]:
     container = _container(pod)
     return {
@@ -335,4 +382,17 @@ def _status(pod: Object, life: _Life, state: dict[str, Any]) -> dict[str, Any]:
         "ready": False,
         "restartCount": life.restarts,
         "state": state,
+        "lastState": life.last,
+    }
+
+
+def _exit(container: dict[str, Any], process: Process, now: float) -> dict[str, Any]:
+    """A process that ended with an error; what it wrote last, where the container asks for that in its status."""
+    shown = container.get("terminationMessagePolicy") == "FallbackToLogsOnError"
+    return {
+        "exitCode": 1,
+        "reason": "Error",
+        "startedAt": timestamp(process.started),
+        "finishedAt": timestamp(now),
+        **({"message": process.error} if shown and process.error else {}),
     }

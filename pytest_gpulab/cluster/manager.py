@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from functools import partial
 from typing import Final, Protocol
 
 from pytest_gpulab.cluster.clock import Clock, Timer
@@ -44,6 +45,10 @@ def ref_of(event: Event) -> Ref:
     return name_of(event.object), namespace_of(event.object)
 
 
+def _raise(error: Exception) -> None:
+    raise error
+
+
 class Manager:
     """The controllers of one cluster."""
 
@@ -58,10 +63,18 @@ class Manager:
         self._stopped = False
 
     def add(self, controller: Controller) -> None:
-        """Run a controller from now on; it sees what exists as if it had just been created."""
+        """Run a controller from now on; it sees what exists as if it had just been created.
+
+        What it raises is raised by the clock: it is no business of whoever made the change, or of other listeners.
+        """
 
         def changed(event: Event) -> None:
-            for ref in controller.refs(event):
+            try:
+                refs = list(controller.refs(event))
+            except Exception as error:
+                self._clock.call_later(0.0, partial(_raise, error))
+                return
+            for ref in refs:
                 self.enqueue(controller, ref)
 
         self._store.subscribe(changed, *controller.watches)

@@ -1,51 +1,26 @@
-"""Prometheus and its adapter: pods are scraped, a rule turns series into the custom metric an HPA reads."""
+"""Prometheus: pods are scraped, and the adapter's rules turn their series into the custom metrics an HPA reads."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
+from pytest_gpulab.cluster.adapter import Adapter, AdapterRule
 from pytest_gpulab.cluster.clock import Clock
 from pytest_gpulab.cluster.objects import Object, name_of, namespace_of, uid_of
 from pytest_gpulab.cluster.resources import POD
 from pytest_gpulab.cluster.store import Store
 
 SCRAPE_INTERVAL_S: Final = 15.0
-WINDOW_S: Final = 60.0
+RETENTION_S: Final = 60.0
+"""How long samples are kept at least; longer where a rule looks back further."""
 
 RUNNING, WAITING = "vllm:num_requests_running", "vllm:num_requests_waiting"
 
 Read = Callable[[Object], Mapping[str, float] | None]
 """The gauges that a pod's /metrics shows now; None when it refuses the connection."""
-
-
-@dataclass(frozen=True)
-class AdapterRule:
-    """A custom metric: each series' maximum over the window, then `across` the series of a pod.
-
-    As PromQL: ``max by (pod) (max_over_time(series[1m]))``, or ``sum by (pod)``.
-    """
-
-    name: str
-    series: tuple[str, ...]
-    across: Literal["max", "sum"] = "max"
-    window_s: float = WINDOW_S
-
-    def value(self, samples: Mapping[str, list[float]]) -> float | None:
-        """From the samples in the window, by series; None without any."""
-        peaks = [max(samples[name]) for name in self.series if samples.get(name)]
-        if not peaks:
-            return None
-        return max(peaks) if self.across == "max" else sum(peaks)
-
-
-RUNNING_RULE = AdapterRule("vllm_requests_running", (RUNNING,))
-"""What the "running" policy scales on."""
-ACTIVE_RULE = AdapterRule("vllm_requests_active", (RUNNING, WAITING), "sum")
-"""What the "active-pressure" policy scales on: running and waiting together."""
 
 
 class Prometheus:
@@ -56,15 +31,14 @@ class Prometheus:
         store: Store,
         clock: Clock,
         read: Read,
-        rules: tuple[AdapterRule, ...] = (RUNNING_RULE, ACTIVE_RULE),
+        rules: tuple[AdapterRule, ...] = (),
         interval_s: float = SCRAPE_INTERVAL_S,
     ) -> None:
         self._store = store
         self._clock = clock
         self._read = read
-        self._rules = {rule.name: rule for rule in rules}
+        self._adapter = Adapter(store, clock, rules)
         self._interval = interval_s
-        self._longest = max((rule.window_s for rule in rules), default=0.0)
         self._kept: dict[str, deque[tuple[float, Mapping[str, float]]]] = {}
 
     def start(self) -> None:
@@ -77,9 +51,10 @@ class Prometheus:
             gauges = self._read(pod) if _is_a_target(pod) else None
             if gauges is not None:
                 self._kept.setdefault(uid_of(pod), deque()).append((now, dict(gauges)))
+        longest = max([RETENTION_S, *(rule.window_s for rule in self._adapter.rules.values())])
         for uid in list(self._kept):
             kept = self._kept[uid]
-            while kept and kept[0][0] <= now - self._longest:
+            while kept and kept[0][0] <= now - longest:
                 kept.popleft()
             if not kept:
                 del self._kept[uid]
@@ -87,7 +62,7 @@ class Prometheus:
 
     def pod_metric(self, pod: Object, metric: str) -> float | None:
         """A rule's value for a pod now, as ``custom.metrics.k8s.io`` gives it; None without samples."""
-        rule = self._rules.get(metric)
+        rule = self._adapter.rules.get(metric)
         if rule is None:
             return None
         now = self._clock.now()

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pytest_gpulab.cluster.clock import Clock
+from pytest_gpulab.cluster.errors import Forbidden, NotFound
 from pytest_gpulab.cluster.objects import Object, name_of, namespace_of, timestamp, uid_of
 from pytest_gpulab.cluster.resources import EVENT
 from pytest_gpulab.cluster.store import Store
 
 
 class Recorder:
-    """Writes events; the same one again only counts up, as client-go's correlator does."""
+    """Writes events; the same one again only counts up, as client-go's correlator does. Best effort, as there."""
 
     def __init__(self, store: Store, clock: Clock, component: str) -> None:
         self._store = store
@@ -37,7 +38,10 @@ class Recorder:
                 self._store.update(EVENT, {**old, "count": old["count"] + 1, "lastTimestamp": now})
                 return
         namespace = namespace_of(about) or "default"
-        created = self._store.create(EVENT, self._event(about, namespace, kind, reason, message, now))
+        try:
+            created = self._store.create(EVENT, self._event(about, namespace, kind, reason, message, now))
+        except (Forbidden, NotFound):  # the namespace is ending; what is done there must not wait for its event
+            return
         self._known[key] = (name_of(created), namespace)
 
     def _event(self, about: Object, namespace: str, kind: str, reason: str, message: str, now: str) -> dict[str, Any]:

@@ -126,7 +126,7 @@ class Replica:
             return now
         if not self._ends or self._waiting or self._inbox or self._due or self._core[6]:
             working = self._returned or self._flight or self._ends or self._waiting
-            coming = min(self._inbox[0][0] if self._inbox else NEVER, self._due[0] if self._due else NEVER)
+            coming = self._inbox[0][0] if self._inbox else self._due[0] if self._due else NEVER
             return now if working else max(now, coming)
         steps = self._ends[0] // self._count - step
         return now + max(0, steps - 1) * self._cost.decode(decodes, context)
@@ -254,7 +254,10 @@ class Replica:
                     if scarce:
                         self._held += -(-(prompts[request] + outputs[request] - 1) // self._size)
                         if self._held > self._usable:
-                            raise NeedsStepping("fewer KV blocks than the running requests may need")
+                            raise NeedsStepping(
+                                "a fleet cannot simulate preemption, and what runs may need more KV blocks than "
+                                "there are; lower max_num_seqs, the rate or the lengths"
+                            )
                     chunk = prompts[request]
                     if chunk > budget:
                         rest = chunk - budget

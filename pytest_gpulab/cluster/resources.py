@@ -124,6 +124,15 @@ NODE_POOL = _karpenter("NodePool")
 NODE_CLAIM = _karpenter("NodeClaim")
 NODE_CLASS = _node_class("eks.amazonaws.com", "NodeClass")
 EC2_NODE_CLASS = _node_class("karpenter.k8s.aws", "EC2NodeClass", "ec2nc", "ec2ncs")
+INGRESS_CLASS_PARAMS = Resource(
+    "eks.amazonaws.com",
+    "v1",
+    "ingressclassparams",
+    "IngressClassParams",
+    False,
+    singular_name="ingressclassparams",
+    custom=True,
+)
 POD_MONITOR = Resource("monitoring.coreos.com", "v1", "podmonitors", "PodMonitor", True, ("pmon",), custom=True)
 SERVICE_MONITOR = Resource(
     "monitoring.coreos.com", "v1", "servicemonitors", "ServiceMonitor", True, ("smon",), custom=True

@@ -62,9 +62,10 @@ class Services:
         subset: dict[str, Any] = {"addresses": ready} if ready else {}
         subset |= {"notReadyAddresses": waiting} if waiting else {}
         ports = [
-            {"port": port["targetPort"], "protocol": port.get("protocol", "TCP")}
+            {"port": number, "protocol": port.get("protocol", "TCP")}
             | ({"name": port["name"]} if port.get("name") else {})
             for port in service["spec"].get("ports") or ()
+            if (number := _number(port["targetPort"], pods)) is not None
         ]
         return [{**subset, "ports": ports}]
 
@@ -74,6 +75,39 @@ def ready_pods(store: Store, service: str, namespace: str) -> list[str]:
     endpoints = store.find(ENDPOINTS, service, namespace)
     subsets = (endpoints or {}).get("subsets") or ()
     return [address["targetRef"]["uid"] for subset in subsets for address in subset.get("addresses", ())]
+
+
+def ready_targets(store: Store, namespace: str, service: str, port: dict[str, Any]) -> list[tuple[str, int]]:
+    """Where a service port, given by `number` or `name`, sends traffic: uid and port of each Ready pod, in order."""
+    found = store.find(SERVICE, service, namespace)
+    names = [
+        listed.get("name")
+        for listed in at(found, "spec.ports", [])
+        if port.get("number") == listed["port"] or (port.get("name") and port["name"] == listed.get("name"))
+    ]
+    return [
+        (address["targetRef"]["uid"], target["port"])
+        for subset in at(store.find(ENDPOINTS, service, namespace), "subsets", [])
+        for target in subset["ports"]
+        if target.get("name") in names
+        for address in subset.get("addresses", ())
+    ]
+
+
+def _number(port: int | str, pods: list[Object]) -> int | None:
+    """A targetPort as a number; a name is that of a port of the pods' containers, None when no one has it."""
+    if isinstance(port, int):
+        return port
+    return next(
+        (
+            listed["containerPort"]
+            for pod in pods
+            for container in pod["spec"]["containers"]
+            for listed in container.get("ports") or ()
+            if listed.get("name") == port
+        ),
+        None,
+    )
 
 
 def _selects(service: Object, labels: dict[str, str]) -> bool:

@@ -1,10 +1,9 @@
-"""What happened to replicas, nodes and NodeClaims during a run, as text that reads and as numbers that plot."""
+"""Writes a run's timeline from what happens in the store."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
-from typing import Final, NamedTuple
+from typing import Final
 
 from pytest_gpulab.cluster.clock import Clock
 from pytest_gpulab.cluster.conditions import is_true
@@ -12,24 +11,12 @@ from pytest_gpulab.cluster.events import ADDED, DELETED, Event
 from pytest_gpulab.cluster.objects import Object, at, is_deleting, name_of
 from pytest_gpulab.cluster.resources import DEPLOYMENT, EVENT, NODE, NODE_CLAIM, POD
 from pytest_gpulab.cluster.store import Store
-
-Entry = tuple[float, str]
+from pytest_gpulab.timeline import Counts, Entry
 
 _TOLD: Final = frozenset(
     {"SuccessfulRescale", "InsufficientCapacityError", "SpotInterrupted", "RegistrationTimeout", "LaunchTimeout"}
 )
 """Events that are worth a line of their own."""
-_COUNTS: Final = re.compile(r"^replicas (\d+) wanted (\d+) ready, nodes (\d+), nodeclaims (\d+)$")
-
-
-class Counts(NamedTuple):
-    """How many there are from `at` seconds on."""
-
-    at: float
-    wanted: int
-    ready: int
-    nodes: int
-    nodeclaims: int
 
 
 class Timeline:
@@ -59,10 +46,9 @@ class Timeline:
         counts = self._count()
         if counts != self._counts:
             self._counts = counts
-            text = "replicas {} wanted {} ready, nodes {}, nodeclaims {}".format(*counts)
-            self._entries.append((now, text))
+            self._entries.append((now, Counts(now, *counts).text))
 
-    def _count(self) -> tuple[int, ...]:
+    def _count(self) -> tuple[int, int, int, int]:
         wanted = sum(d["spec"]["replicas"] for d in self._store.list(DEPLOYMENT))
         ready = sum(is_true(pod, "Ready") and not is_deleting(pod) for pod in self._store.list(POD))
         return wanted, ready, len(self._store.list(NODE)), len(self._store.list(NODE_CLAIM))
@@ -97,26 +83,3 @@ def _turned(obj: Object, before: Object | None, *names: tuple[str, str]) -> list
         if was != now:
             words.append(word if now else f"not {word}")
     return words
-
-
-def counts(timeline: Iterable[Entry]) -> list[Counts]:
-    """The numbers of a run's timeline, for a plot."""
-    found = ((at, _COUNTS.match(text)) for at, text in timeline)
-    return [Counts(at, *(int(number) for number in match.groups())) for at, match in found if match]
-
-
-STAGES: Final = ("nodeclaim", "node", "scheduled", "container", "ready")
-_FIRST: Final = {
-    "nodeclaim": re.compile(r"^NodeClaim \S+ created$"),
-    "node": re.compile(r"^Node \S+ created$"),
-    "scheduled": re.compile(r"^Pod \S+ scheduled$"),
-    "container": re.compile(r"^Pod \S+ started$"),
-    "ready": re.compile(r"^Pod \S+ ready$"),
-}
-
-
-def cold_start(timeline: Iterable[Entry]) -> dict[str, float]:
-    """Seconds of a run at which each stage of the first cold start was over; stages that never came are left out."""
-    entries = list(timeline)
-    found = {stage: next((at for at, text in entries if _FIRST[stage].match(text)), None) for stage in STAGES}
-    return {stage: at for stage, at in found.items() if at is not None}

@@ -39,7 +39,7 @@ def simulate(profile: Profile, workload: Workload, *, calibration: str | None = 
             target="sim",
             basis="simulated",
             seed=seed,
-            definition_hash=_definition_hash(profile, workload),
+            definition_hash=definition_hash(profile, workload),
             server=f"{source.name} {variant_name(profile)}",
             relative_error=variant.relative_error,
         ),
@@ -66,5 +66,6 @@ def make_plan(profile: Profile, workload: Workload, calibration: Calibration, va
     )
 
 
-def _definition_hash(profile: Profile, workload: Workload) -> str:
+def definition_hash(profile: Profile, workload: Workload) -> str:
+    """What a Run's provenance says of its two definitions."""
     return hashlib.sha256((profile.definition_hash + workload.definition_hash).encode()).hexdigest()[:16]

@@ -194,11 +194,13 @@ async def _answer(request: web.Request, exchange: _Exchange) -> web.StreamRespon
     """Run the jobs; a client that leaves cancels this, and its jobs are aborted."""
     engine = request.app[SERVICE].engine
     answers = [engine.submit(job, exchange.arrived) for job in exchange.jobs]
+    engine.clients += 1
     try:
         if exchange.stream:
             return await _stream(request, exchange, answers)
         return await _collect(exchange, answers)
     finally:
+        engine.clients -= 1
         for answer in answers:
             engine.abort(answer)
 

@@ -1,6 +1,7 @@
 """The load balancer in front of the servers: what the Ingress makes of an ALB.
 
-It serves /v1 and nothing else, checks the API key, and hands requests round robin to the endpoints that are Ready.
+It serves the paths it has a rule for, and hands requests round robin to the endpoints behind the rule. API keys are
+the servers' own business.
 """
 
 from __future__ import annotations
@@ -12,24 +13,25 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
 
-from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, TCPConnector, web
+from aiohttp import ClientSession, ClientTimeout, TCPConnector, web
 from multidict import CIMultiDict
 
-from pytest_gpulab.serving.app import bearer_is_one_of
-from pytest_gpulab.serving.errors import UNAUTHORIZED
+from pytest_gpulab.serving.forwarding import forward, kept
 from pytest_gpulab.serving.server import listening
 
-Endpoints = Callable[[], Sequence[str]]
-"""The base URLs of the Ready endpoints now, such as ``http://127.0.0.1:8000``."""
+Routes = Callable[[str], Sequence[str] | None]
+"""Given a path: the base URLs of the Ready endpoints now, such as ``http://127.0.0.1:8000``; None: no rule for it."""
 
-_HOP_BY_HOP = {
-    *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection"),
-    *("te", "trailer", "transfer-encoding", "upgrade"),
-}
 _POOL_S = 4.0
 """Real seconds an idle upstream connection is reused: below the 5 s after which vLLM closes it."""
 _BUFFER = 1024**2
 """Bytes read from an endpoint at once."""
+
+
+def under(prefix: str, path: str) -> bool:
+    """Whether a path is `prefix` or below it, element by element, as Ingress rules of type Prefix match."""
+    stem = prefix.rstrip("/")
+    return path == stem or path.startswith(f"{stem}/")
 
 
 @dataclass
@@ -40,9 +42,7 @@ class Edge:
     finished there.
     """
 
-    endpoints: Endpoints
-    api_keys: tuple[str, ...]
-    idle_timeout_s: float
+    routes: Routes
     url: str = ""
     in_flight: Counter[str] = field(default_factory=Counter)
     _turn: int = 0
@@ -69,39 +69,16 @@ class Edge:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answer one request."""
-        if not (request.path == "/v1" or request.path.startswith("/v1/")):
+        ready = self.routes(request.path)
+        if ready is None:
             return _page(404)
-        if self.api_keys and not bearer_is_one_of(request, self.api_keys):
-            return web.json_response(UNAUTHORIZED, status=401)
-        ready = self.endpoints()
         if not ready:
             return _page(503)
         endpoint = ready[self._turn % len(ready)]
         self._turn += 1
-        with self._counted(endpoint):
-            return await self._forward(request, endpoint)
-
-    def _counted(self, endpoint: str) -> _Counted:
-        return _Counted(self, endpoint)
-
-    async def _forward(self, request: web.Request, endpoint: str) -> web.StreamResponse:
         assert self._session is not None
-        try:
-            upstream = await self._session.request(
-                request.method,
-                endpoint + request.raw_path,
-                headers=_forwarded(request),
-                data=request.content if request.body_exists else None,
-                allow_redirects=False,
-            )
-        except TimeoutError:
-            return _page(504)
-        except ClientError:
-            return _page(502)
-        try:
-            return await _pass_through(request, upstream)
-        finally:
-            upstream.close()  # after a complete answer the connection is already back in the pool
+        with _Counted(self, endpoint):
+            return await forward(self._session, request, endpoint + request.raw_path, _forwarded(request), _page)
 
 
 class _Counted:
@@ -123,37 +100,8 @@ class _Counted:
         self._edge._changed.set()
 
 
-async def _pass_through(request: web.Request, upstream: ClientResponse) -> web.StreamResponse:
-    """The endpoint's answer, each piece as it comes. One that breaks off breaks off for the client too."""
-    response = web.StreamResponse(status=upstream.status, reason=upstream.reason, headers=_kept(upstream.headers))
-    try:
-        piece = await upstream.content.readany()
-    except (ClientError, TimeoutError) as broken:
-        return _page(504 if isinstance(broken, TimeoutError) else 502)
-    await response.prepare(request)
-    try:
-        while piece:
-            await response.write(piece)
-            piece = await upstream.content.readany()
-    except (ClientError, TimeoutError):
-        if request.transport is not None:
-            request.transport.close()
-        return response
-    await response.write_eof()
-    return response
-
-
-def _kept(headers: CIMultiDict[str] | object) -> CIMultiDict[str]:
-    """The headers that go on from one connection to the next."""
-    named = CIMultiDict[str](headers)  # type: ignore[arg-type]
-    for name in list(named):
-        if name.lower() in _HOP_BY_HOP:
-            named.popall(name, None)
-    return named
-
-
 def _forwarded(request: web.Request) -> CIMultiDict[str]:
-    headers = _kept(request.headers)
+    headers = kept(request.headers)
     seen = [headers["X-Forwarded-For"]] if "X-Forwarded-For" in headers else []
     headers["X-Forwarded-For"] = ", ".join([*seen, request.remote or "unknown"])
     headers["X-Forwarded-Proto"] = request.scheme
@@ -169,21 +117,15 @@ def _page(status: int) -> web.Response:
 
 @asynccontextmanager
 async def serve_edge(
-    endpoints: Endpoints,
-    *,
-    api_key: str | None = None,
-    host: str = "127.0.0.1",
-    port: int = 0,
-    idle_timeout_s: float = 60.0,
+    routes: Routes, *, host: str = "127.0.0.1", port: int = 0, idle_timeout_s: float = 60.0
 ) -> AsyncIterator[Edge]:
     """Run a load balancer until the context ends.
 
     Args:
-        endpoints: asked for each request.
-        api_key: if given, requests need it as a bearer token, else 401.
+        routes: asked for each request.
         idle_timeout_s: real seconds without a byte from the endpoint until the client gets 504.
     """
-    edge = Edge(endpoints, (api_key,) if api_key else (), idle_timeout_s)
+    edge = Edge(routes)
     app = web.Application(client_max_size=0)
     app.router.add_route("*", "/{path:.*}", edge.handle)
     timeout = ClientTimeout(total=None, sock_connect=10.0, sock_read=idle_timeout_s)

@@ -74,6 +74,8 @@ class EngineLoop:
         self.metrics = metrics
         self.dead = False
         """Whether `run` has ended: nothing is answered any more."""
+        self.clients = 0
+        """Requests over HTTP that are not answered completely."""
         self.lag_s = 0.0
         """By how many model seconds tokens were delivered late, at worst: the emulation could not keep up."""
         self._core = EngineCore(config, StepCost(variant, eager))

@@ -77,7 +77,10 @@ async def serve(
 
 @asynccontextmanager
 async def listening(app: web.Application, host: str, port: int) -> AsyncIterator[str]:
-    """The application on a socket; gives its URL. Handlers are cancelled when their client disconnects."""
+    """The application on a socket; gives its URL. Handlers are cancelled when their client disconnects.
+
+    A context that ends with an exception or is cancelled is a process that was killed: its connections are cut.
+    """
     runner = web.AppRunner(
         app, handler_cancellation=True, access_log=None, keepalive_timeout=_KEEP_ALIVE_S, shutdown_timeout=0.2
     )
@@ -88,6 +91,10 @@ async def listening(app: web.Application, host: str, port: int) -> AsyncIterator
         bound = runner.addresses[0]
         shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
         yield f"http://{shown}:{bound[1]}"
+    except BaseException:
+        for connection in runner.server.connections if runner.server else ():
+            connection.force_close()
+        raise
     finally:
         await runner.cleanup()
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 import json
 import threading
 
-from pytest_gpulab.cluster.resources import DEPLOYMENT, HPA, POD
+from pytest_gpulab.cluster.resources import (
+    CLUSTER_ROLE,
+    CONFIG_MAP,
+    DEPLOYMENT,
+    HPA,
+    NAMESPACE,
+    POD,
+    ROLE,
+    ROLE_BINDING,
+    SECRET,
+    SERVICE_ACCOUNT,
+)
 from tests.cluster.serving import Served
 
 MANIFEST = """
@@ -38,6 +49,7 @@ spec:
   - type: Pods
     pods: {metric: {name: vllm_num_requests_running}, target: {type: AverageValue, averageValue: "4"}}
 """
+CONTAINER = {"name": "c", "image": "i:1"}
 OTHER = MANIFEST.replace("vllm:1", "vllm:2")
 
 
@@ -133,13 +145,40 @@ def test_wait_sees_a_condition_and_delete_waits(served: Served) -> None:
 def test_get_watch_prints_changes(served: Served) -> None:
     apply(served, MANIFEST)
     served.kubectl("wait", "--for=jsonpath={.spec.replicas}=1", "deploy/web", "--timeout=5s")
-    pod = {"metadata": {"name": "a"}, "spec": {"containers": [{"name": "c", "image": "i:1"}]}}
+    pod = {"metadata": {"name": "a"}, "spec": {"containers": [CONTAINER]}}
     served.do(lambda: served.store.create(POD, pod, "default"))
     output = served.kubectl("get", "pods", "--watch", "--request-timeout=1")
     assert "a      0/1     Pending" in output
 
 
-def test_what_kubectl_sends_as_protobuf_is_refused_with_the_way_out(served: Served) -> None:
-    assert "apply -f" in served.kubectl("create", "namespace", "x", ok=False)
-    served.kubectl("create", "-f", "-", stdin='{"apiVersion":"v1","kind":"Namespace","metadata":{"name":"x"}}')
+def test_create_sends_protobuf(served: Served) -> None:
+    """Each of these bodies is Kubernetes' protobuf, and kubectl does not try again with JSON."""
+    get = served.store.get
+    assert "namespace/x created" in served.kubectl("create", "namespace", "x")
+    assert get(NAMESPACE, "x")["status"] == {"phase": "Active"}
+    served.kubectl("create", "configmap", "c", "-n", "x", "--from-literal=a=b", "--from-literal=empty=")
+    assert get(CONFIG_MAP, "c", "x")["data"] == {"a": "b", "empty": ""}
+    served.kubectl("create", "secret", "generic", "s", "-n", "x", "--from-literal=key=\u00fc")
+    assert get(SECRET, "s", "x")["data"] == {"key": "w7w="} and get(SECRET, "s", "x")["type"] == "Opaque"
+    served.kubectl("create", "serviceaccount", "sa", "-n", "x")
+    assert get(SERVICE_ACCOUNT, "sa", "x")["metadata"]["namespace"] == "x"
+    served.kubectl("create", "role", "r", "-n", "x", "--verb=get", "--verb=list", "--resource=pods")
+    assert get(ROLE, "r", "x")["rules"] == [{"verbs": ["get", "list"], "apiGroups": [""], "resources": ["pods"]}]
+    served.kubectl("create", "rolebinding", "b", "-n", "x", "--role=r", "--serviceaccount=x:sa", "--user=u")
+    binding = get(ROLE_BINDING, "b", "x")
+    assert binding["roleRef"] == {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "r"}
+    assert binding["subjects"] == [
+        {"kind": "User", "apiGroup": "rbac.authorization.k8s.io", "name": "u"},
+        {"kind": "ServiceAccount", "name": "sa", "namespace": "x"},
+    ]
+    served.kubectl("create", "clusterrole", "r", "--verb=get", "--non-resource-url=/metrics")
+    served.kubectl("create", "clusterrolebinding", "b", "--clusterrole=r", "--group=g")
+    assert get(CLUSTER_ROLE, "r")["rules"] == [{"verbs": ["get"], "nonResourceURLs": ["/metrics"]}]
+    assert "AlreadyExists" in served.kubectl("create", "namespace", "x", ok=False)
     served.kubectl("delete", "namespace", "x")
+
+
+def test_protobuf_that_is_not_read_is_refused_with_the_way_out(served: Served) -> None:
+    assert "create -f" in served.kubectl("create", "deployment", "x", "--image=i", ok=False)
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": {"containers": [CONTAINER]}}
+    served.kubectl("create", "-f", "-", stdin=json.dumps(pod))

@@ -6,12 +6,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from pytest_gpulab.cluster.cloud import Faults, Shortage
 from pytest_gpulab.cluster.objects import at, is_deleting, name_of, uid_of
 from pytest_gpulab.cluster.quantity import amounts, pod_requests
 from pytest_gpulab.cluster.recorder import last_events
 from pytest_gpulab.cluster.resources import DEPLOYMENT, EVENT, HPA, NODE, NODE_CLAIM, NODE_POOL, POD
 from pytest_gpulab.cluster.scheduler import is_terminal
+from pytest_gpulab.fleet import Faults, Shortage
 from tests.cluster.scene import cluster, hpa, pool
 
 GPU = "nvidia.com/gpu"
@@ -28,8 +28,8 @@ class ClusterMachine(RuleBasedStateMachine):
             st.builds(
                 Shortage,
                 capacity_type=st.sampled_from(["", "spot"]),
-                start=st.floats(0, 2000),
-                end=st.floats(2000, 4000),
+                start_s=st.floats(0, 2000),
+                end_s=st.floats(2000, 4000),
             ),
             max_size=2,
         ),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_gpulab.cluster.cloud import Faults, Shortage
 from pytest_gpulab.cluster.conditions import condition, is_true
 from pytest_gpulab.cluster.embedded import DeadlineExceeded
 from pytest_gpulab.cluster.objects import at, name_of
 from pytest_gpulab.cluster.resources import DEPLOYMENT, ENDPOINTS, EVENT, HPA, NODE, NODE_CLAIM, NODE_POOL, POD
 from pytest_gpulab.cluster.service import ready_pods
-from pytest_gpulab.cluster.timeline import STAGES, Timeline, cold_start
+from pytest_gpulab.cluster.timeline import Timeline
+from pytest_gpulab.fleet import Faults, Shortage
+from pytest_gpulab.timeline import STAGES, cold_start
 from tests.cluster.scene import cluster, deployment, hpa, pool
 
 
@@ -171,7 +172,7 @@ def test_without_spot_capacity_the_on_demand_pool_serves():
 
 
 def test_a_shortage_is_asked_again_after_three_minutes():
-    made = cluster(spot=False, faults=Faults(shortages=(Shortage(end=100.0),)))
+    made = cluster(spot=False, faults=Faults(shortages=(Shortage(end_s=100.0),)))
     launched = made.wait("launched", lambda: bool(made.cloud.instances), 600, everything(made))
     assert 180 < launched < 180 + 40
     made.wait("ready", ready(made), 900, everything(made))

@@ -1,27 +1,12 @@
-"""Prometheus and the adapter's rules."""
+"""Prometheus: what is scraped, and what becomes of it."""
 
 from __future__ import annotations
 
-import pytest
-
 from pytest_gpulab.cluster.clock import VirtualClock
-from pytest_gpulab.cluster.metrics import ACTIVE_RULE, RUNNING, RUNNING_RULE, WAITING, Prometheus
-from pytest_gpulab.cluster.resources import POD
+from pytest_gpulab.cluster.metrics import RUNNING, WAITING, Prometheus
+from pytest_gpulab.cluster.resources import CONFIG_MAP, POD
 from pytest_gpulab.cluster.store import Store
-
-
-@pytest.mark.parametrize(
-    ("rule", "samples", "expected"),
-    [
-        (RUNNING_RULE, {RUNNING: [3.0, 9.0, 1.0], WAITING: [50.0]}, 9.0),
-        (ACTIVE_RULE, {RUNNING: [3.0, 9.0, 1.0], WAITING: [0.0, 5.0, 2.0]}, 14.0),
-        (ACTIVE_RULE, {RUNNING: [3.0]}, 3.0),
-        (RUNNING_RULE, {WAITING: [5.0]}, None),
-        (RUNNING_RULE, {}, None),
-    ],
-)
-def test_a_rule_takes_the_peak_of_each_series(rule, samples, expected):
-    assert rule.value(samples) == expected
+from pytest_gpulab.render import metric_rules
 
 
 def scraped(read):
@@ -30,6 +15,8 @@ def scraped(read):
     container = {"name": "vllm", "image": "vllm"}
     pod = store.create(POD, {"metadata": {"name": "a"}, "spec": {"containers": [container]}}, "default")
     prometheus = Prometheus(store, clock, lambda _: read(clock.now() - start))
+    (rules,) = metric_rules(run="test")
+    store.create(CONFIG_MAP, {**rules, "metadata": {**rules["metadata"], "namespace": "default"}})
     start = clock.now()
     prometheus.start()
     return clock, store, prometheus, pod, start

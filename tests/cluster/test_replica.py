@@ -131,5 +131,22 @@ def test_what_only_the_exact_scheduler_does_is_refused(args, workload, why):
 def test_a_short_kv_cache_is_refused_before_it_would_preempt():
     workload = Workload(arrivals=Poisson(rate=30), shape=Shape(prompt_tokens=512, output_tokens=512), duration_s=20)
     plan = plan_of(T4.with_engine_args(num_gpu_blocks_override=700), workload)
-    with pytest.raises(NeedsStepping, match="fewer KV blocks"):
+    with pytest.raises(NeedsStepping, match="more KV blocks than there are"):
         feed(plan, 5.0)
+
+
+def test_whoever_waits_for_the_earliest_answer_gets_there():
+    """A client that goes from bound to bound must not stand still while requests are still on their way."""
+    plan = plan_of(
+        H200, Workload(arrivals=Constant(rate=2000), shape=Shape(prompt_tokens=512, output_tokens=2), requests=8)
+    )
+    replica = Replica(plan, Ledger(plan), 0.0, report=True)
+    replica.submit(0.1, 0)
+    replica.advance(0.1)
+    for request in range(1, 8):
+        replica.submit(0.1 + 0.0001 * request, request)
+    for _ in range(100):
+        if len(replica.completed) == 8:
+            break
+        replica.advance(math.nextafter(replica.earliest_answer, math.inf))
+    assert len(replica.completed) == 8

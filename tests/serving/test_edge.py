@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from pytest_gpulab.serving import serve, serve_edge
+from pytest_gpulab.serving.edge import under
 from tests.serving.client import FAST, MODEL, PROFILE, golden, post, stream
 
 BODY = {"prompt": [400, 401], "max_tokens": 4, "return_token_ids": True}
@@ -21,11 +22,16 @@ async def completed(session, server):
     return sum(float(line.split()[1]) for line in text.splitlines() if line.startswith("vllm:request_success_total"))
 
 
-def test_only_v1_and_only_with_the_key():
+def v1(*urls):
+    """Everything under /v1 goes to these endpoints."""
+    return lambda path: urls if under("/v1", path) else None
+
+
+def test_only_the_paths_with_a_rule_and_the_key_passes_through():
     async def check():
         async with (
-            serve(PROFILE, speed=FAST) as server,
-            serve_edge(lambda: [server.url], api_key="secret") as edge,
+            serve(PROFILE, speed=FAST, api_key="secret") as server,
+            serve_edge(v1(server.url)) as edge,
             aiohttp.ClientSession() as session,
         ):
             for path in ("/", "/health", "/metrics", "/tokenize", "/v1beta", "/v2/models", "/V1/models"):
@@ -55,7 +61,7 @@ def test_round_robin_over_the_ready_endpoints():
             aiohttp.ClientSession() as session,
         ):
             ready = []
-            async with serve_edge(lambda: ready) as edge:
+            async with serve_edge(lambda path: ready) as edge:
                 async with session.post(edge.url + "/v1/completions", json=BODY) as response:
                     assert response.status == 503
                 ready.append(one.url)
@@ -73,7 +79,7 @@ def test_streams_pass_through_piece_by_piece():
     async def check():
         async with (
             serve(PROFILE, speed=1.0) as server,
-            serve_edge(lambda: [server.url]) as edge,
+            serve_edge(v1(server.url)) as edge,
             aiohttp.ClientSession() as session,
         ):
             chunks = await stream(session, edge.url, {**BODY, "max_tokens": 8})
@@ -125,7 +131,7 @@ def test_broken_endpoints(answer, hold, status):
     async def check():
         async with (
             raw_endpoint(answer, hold=hold) as url,
-            serve_edge(lambda: [url], idle_timeout_s=0.2) as edge,
+            serve_edge(v1(url), idle_timeout_s=0.2) as edge,
             aiohttp.ClientSession() as session,
             session.get(edge.url + "/v1/models") as response,
         ):
@@ -140,7 +146,7 @@ def test_an_endpoint_that_is_gone():
     async def check():
         async with serve(PROFILE) as server:
             gone = server.url
-        async with serve_edge(lambda: [gone]) as edge, aiohttp.ClientSession() as session:
+        async with serve_edge(v1(gone)) as edge, aiohttp.ClientSession() as session:
             assert (await session.get(edge.url + "/v1/models")).status == 502
 
     asyncio.run(check())
@@ -151,7 +157,7 @@ def test_an_answer_that_breaks_off_breaks_off():
         half = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf"
         async with (
             raw_endpoint(half) as url,
-            serve_edge(lambda: [url]) as edge,
+            serve_edge(v1(url)) as edge,
             aiohttp.ClientSession() as session,
             session.get(edge.url + "/v1/models") as response,
         ):
@@ -170,7 +176,7 @@ def test_a_removed_endpoint_finishes_its_requests():
             aiohttp.ClientSession() as session,
         ):
             ready = [old.url]
-            async with serve_edge(lambda: ready) as edge:
+            async with serve_edge(lambda path: ready) as edge:
                 started = asyncio.create_task(post(session, edge.url, {**BODY, "max_tokens": 500}))
                 while not edge.in_flight[old.url]:
                     await asyncio.sleep(0)
@@ -190,7 +196,7 @@ def test_a_drain_ends_at_its_deadline():
     async def check():
         async with (
             serve(PROFILE, speed=1.0) as server,
-            serve_edge(lambda: [server.url]) as edge,
+            serve_edge(v1(server.url)) as edge,
             aiohttp.ClientSession() as session,
         ):
             started = asyncio.create_task(post(session, edge.url, {**BODY, "max_tokens": 2000}))

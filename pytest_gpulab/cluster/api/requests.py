@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from aiohttp import web
 
+from pytest_gpulab.cluster.api import protobuf
 from pytest_gpulab.cluster.errors import BadRequest, NotFound, Unsupported
 from pytest_gpulab.cluster.resources import NAMESPACE, Resource, Resources
 
@@ -114,11 +115,10 @@ async def read_call(request: web.Request, resources: Resources) -> Call:
 def _parsed(raw: bytes, media_type: str) -> Any:
     if not raw:
         return None
-    if "protobuf" in media_type or "cbor" in media_type:
-        raise Unsupported(
-            f"the body of the request was in an unknown format ({media_type}) - accepted media types include: "
-            "application/json, application/yaml; with kubectl, send the object with create -f or apply -f"
-        )
+    if media_type == protobuf.MEDIA_TYPE:
+        return protobuf.decode(raw)
+    if "cbor" in media_type:
+        raise Unsupported(f"{media_type} is not served; accepted media types include: application/json")
     try:
         return yaml.safe_load(raw) if "yaml" in media_type else json.loads(raw)
     except (ValueError, yaml.YAMLError, RecursionError) as error:

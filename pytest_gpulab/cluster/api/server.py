@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Self
 
@@ -17,7 +18,7 @@ from pytest_gpulab.cluster.api.custom import serve_custom_resources
 from pytest_gpulab.cluster.api.objects import answer
 from pytest_gpulab.cluster.api.requests import Call, no_such_path, read_call
 from pytest_gpulab.cluster.api.watching import stream
-from pytest_gpulab.cluster.errors import ApiError, TooLarge, Unauthorized
+from pytest_gpulab.cluster.errors import ApiError, ServiceUnavailable, TooLarge, Unauthorized
 from pytest_gpulab.cluster.objects import Object
 from pytest_gpulab.cluster.resources import METRICS_GROUP, METRICS_VERSION, POD
 from pytest_gpulab.cluster.store import Store
@@ -26,8 +27,11 @@ Metrics = Callable[[str, Object], Object | None]
 """Given a path below `/apis/custom.metrics.k8s.io/v1beta1` ("" for the list of metrics) and the query: the answer."""
 Logs = Callable[[str, str, Object], str]
 """Given a pod's namespace and name, and the query: what its containers wrote."""
+Proxy = Callable[[web.Request, str, str, str], Awaitable[web.StreamResponse]]
+"""Given a request, a pod's namespace, its NAME or NAME:PORT, and a path: the answer of the pod's own server."""
 
 _LARGEST_BODY = 3 << 20
+_POD_PROXY = re.compile(r"^/api/v1/namespaces/([^/]+)/pods/([^/]+)/proxy(?:/(.*))?$")
 _METRICS_PATH = f"/apis/{METRICS_GROUP}/{METRICS_VERSION}"
 _NO_METRICS: Object = {
     "kind": "APIResourceList",
@@ -45,12 +49,18 @@ class ApiServer:
     """
 
     def __init__(
-        self, store: Store, *, port: int = 0, metrics: Metrics | None = None, logs: Logs | None = None
+        self,
+        store: Store,
+        *,
+        port: int = 0,
+        metrics: Metrics | None = None,
+        logs: Logs | None = None,
+        proxy: Proxy | None = None,
     ) -> None:
         self.store = store
         self.token = new_token()
         self.port = port
-        self._metrics, self._logs = metrics, logs
+        self._metrics, self._logs, self._proxy = metrics, logs, proxy
         self._certificates = new_certificates()
         self._watching: set[asyncio.Task[object] | None] = set()
         self._runner: web.AppRunner | None = None
@@ -75,7 +85,7 @@ class ApiServer:
         """Listen; `port` is then the one in use."""
         app = web.Application(client_max_size=_LARGEST_BODY)
         app.router.add_route("*", "/{path:.*}", self._handle)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.2)
         await self._runner.setup()
         site = web.TCPSite(self._runner, LOOPBACK, self.port, ssl_context=self._certificates.context())
         await site.start()
@@ -116,6 +126,8 @@ class ApiServer:
             return web.Response(text="ok")
         if path == _METRICS_PATH or path.startswith(f"{_METRICS_PATH}/"):
             return _json(self._custom_metrics(path, dict(request.query)))
+        if proxied := _POD_PROXY.match(request.path):
+            return await self._proxied(request, *proxied.groups(default=""))
         if request.method == "GET" and (document := self._document(path, request)):
             return document
         call = await read_call(request, self.store.resources)
@@ -136,6 +148,11 @@ class ApiServer:
             return await stream(self.store, call, request)
         finally:
             self._watching.discard(task)
+
+    async def _proxied(self, request: web.Request, namespace: str, name: str, path: str) -> web.StreamResponse:
+        if self._proxy is None:
+            raise ServiceUnavailable("no servers run behind this cluster's pods")
+        return await self._proxy(request, namespace, name, path)
 
     def _document(self, path: str, request: web.Request) -> web.Response | None:
         if path == "/version":

@@ -1,0 +1,78 @@
+"""`live_cluster`: the controllers, the API, the pods' servers and the load balancers, in the running event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from aiohttp import ClientSession, ClientTimeout, TCPConnector
+
+from pytest_gpulab.cluster.api.custom_metrics import pod_metrics
+from pytest_gpulab.cluster.api.server import ApiServer
+from pytest_gpulab.cluster.auto_mode import C6A_LARGE, GENERAL_PURPOSE
+from pytest_gpulab.cluster.cloud import INSTANCE_TYPES, catalog
+from pytest_gpulab.cluster.embedded import EmbeddedCluster
+from pytest_gpulab.cluster.resources import NODE_POOL
+from pytest_gpulab.fleet import NO_FAULTS, Faults
+from pytest_gpulab.live.background import Background, WatchedClock
+from pytest_gpulab.live.ingress import DEREGISTRATION_S, Ingresses
+from pytest_gpulab.live.proxy import PodProxy
+from pytest_gpulab.live.servers import ModelServers
+
+
+@dataclass(frozen=True)
+class LiveCluster:
+    """A cluster that runs. `failed` gets the exception when a part of it crashes: nothing can be relied on then."""
+
+    api: ApiServer
+    embedded: EmbeddedCluster
+    failed: asyncio.Future[None]
+
+
+@asynccontextmanager
+async def live_cluster(
+    *, port: int = 0, speed: float = 1.0, seed: int = 0, faults: Faults = NO_FAULTS
+) -> AsyncIterator[LiveCluster]:
+    """Run an empty cluster until the context ends; nothing listens after that.
+
+    Custom metrics are those of the prometheus-adapter's ConfigMap; without one there are none.
+
+    Args:
+        port: of the API on 127.0.0.1; 0 takes a free one.
+        speed: cluster seconds in one real second. Requests take their own time at any speed.
+
+    Raises:
+        OSError: the port is taken.
+        RuntimeError: a part crashed while it ran; its cause is that error.
+    """
+    background = Background()
+    clock = WatchedClock(speed, background.fail)
+    embedded = EmbeddedCluster(
+        clock,
+        seed=seed,
+        faults=faults,
+        offerings=catalog((*INSTANCE_TYPES, C6A_LARGE)),
+        read=lambda pod: servers.read(pod),
+        rules=(),
+    )
+    store = embedded.store
+    embedded.apply(NODE_POOL, GENERAL_PURPOSE)
+    servers = ModelServers(store, clock, background)
+    servers.attach(embedded.kubelets.hooks)
+    delay = DEREGISTRATION_S / speed
+    embedded.manager.add(Ingresses(store, clock, embedded.durations, servers, background, delay))
+    metrics = pod_metrics(store, embedded.prometheus.metric_list)
+    connector = TCPConnector(limit=0, force_close=True)
+    async with ClientSession(connector=connector, timeout=ClientTimeout(), auto_decompress=False) as session:
+        proxy = PodProxy(store, servers, session)
+        async with ApiServer(store, port=port, metrics=metrics, logs=servers.log, proxy=proxy) as api:
+            try:
+                yield LiveCluster(api, embedded, background.failed)
+            finally:
+                clock.stop()
+                await background.stop()
+    if background.failed.done():
+        raise RuntimeError("a part of the cluster crashed") from background.failed.exception()
+    background.failed.cancel()
