@@ -13,7 +13,7 @@ MARKERS = (
     "decision(id, statement): this experiment answers for the decision `id`; its gates give the verdict on "
     "`statement`",
     "verify: the quick path, end to end (needs a cluster target)",
-    "evaluate: platform behaviour such as cold starts and lost nodes (needs a cluster target)",
+    "evaluate: platform behaviour such as cold starts and lost nodes",
 )
 
 _ID = re.compile(r"[a-z0-9]+(?:[-_.][a-z0-9]+)*")

@@ -13,11 +13,12 @@ from pytest_gpulab.markers import MARKERS
 from pytest_gpulab.options import OPTIONS_KEY, add_options, options_of, resolve_options
 from pytest_gpulab.report import terminal
 from pytest_gpulab.session import SESSION_KEY, Session, session_of
+from pytest_gpulab.shared_pool import POOL_KEY, SharedPool, shared_pool_of
 
 if TYPE_CHECKING:
     from xdist.workermanage import WorkerController
 
-pytest_plugins = ["pytest_gpulab.fixtures.measure"]
+pytest_plugins = ["pytest_gpulab.fixtures.cluster", "pytest_gpulab.fixtures.measure"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,7 +30,9 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", marker)
     config.stash[OPTIONS_KEY] = resolve_options(config)
     config.stash[SESSION_KEY] = Session(config)
+    config.stash[POOL_KEY] = SharedPool(config)
     config.pluginmanager.register(SessionHooks(session_of(config)), "gpulab-session")
+    config.pluginmanager.register(PoolHooks(shared_pool_of(config)), "gpulab-pool")
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
@@ -141,6 +144,24 @@ class SessionHooks:
     @pytest.hookimpl(optionalhook=True)
     def pytest_html_results_summary(self, prefix: list[str]) -> None:
         prefix.extend(html().summary(self.session.decisions))
+
+
+class PoolHooks:
+    """The ends of the session's GPU pool."""
+
+    def __init__(self, pool: SharedPool) -> None:
+        self.pool = pool
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: WorkerController) -> None:
+        self.pool.equip_worker(node.workerinput)
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, Any, Any]:
+        return (yield from self.pool.finish(session))
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        self.pool.summarize(terminalreporter)
 
 
 def html() -> ModuleType:

@@ -1,0 +1,137 @@
+"""The ledger: what a run is about to create, on disk before it exists, so that nothing is forgotten with the run.
+
+One file of JSON lines a run, in a folder of this user. Lines are only ever added. A kill in the middle of one leaves
+a torn line, which is read over: what it was about to say had not begun. A run without a ledger owns nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from pytest_gpulab.kube.objects import Ref
+from pytest_gpulab.kube.process import Process
+
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The ledger at `path`, and the run's private folder beside it."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path, owner: Process) -> Self:
+        """A new ledger whose run lives as long as `owner`. FileExistsError when there is one."""
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        ledger = cls(path)
+        ledger._append(entry="run", host=socket.gethostname(), pid=owner.pid, started=owner.started)
+        _sync_folder(path.parent)
+        ledger.folder.mkdir(mode=0o700)
+        return ledger
+
+    @property
+    def run(self) -> str:
+        """Id of the run."""
+        return self.path.stem
+
+    @property
+    def folder(self) -> Path:
+        """The run's own: kubeconfig, logs, caches. It goes with the ledger."""
+        return self.path.with_suffix("")
+
+    # --- writing ----------------------------------------------------------------------------------------------
+
+    def cluster(self, kubeconfig: Path, speed: float) -> None:
+        """The run is going to use the cluster behind a kubeconfig."""
+        self._append(entry="cluster", kubeconfig=str(kubeconfig), speed=speed)
+
+    def process(self, process: Process) -> None:
+        """The cluster is this process, which has not begun to work yet."""
+        self._append(entry="process", pid=process.pid, started=process.started)
+
+    def object(self, ref: Ref) -> None:
+        """The run is going to create this."""
+        self._append(entry="object", ref=ref)
+
+    def up(self) -> None:
+        """The pool is complete: others of the run may use it."""
+        self._append(entry="up")
+
+    def _append(self, **entry: Any) -> None:
+        """One line, on disk when this returns. FileNotFoundError when the ledger is gone."""
+        file = os.open(self.path, os.O_RDWR | os.O_APPEND)
+        try:
+            size = os.fstat(file).st_size
+            torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
+            os.write(file, (b"\n" if torn else b"") + json.dumps(entry).encode() + b"\n")
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+    def remove(self) -> None:
+        """Forget the run: first its folder, the ledger last."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.path.unlink(missing_ok=True)
+
+    # --- reading ----------------------------------------------------------------------------------------------
+
+    def entries(self) -> list[Entry]:
+        """Every whole line, in order."""
+        return list(_whole(self.path.read_bytes()))
+
+    def owner_lives(self) -> bool:
+        """Whether the run's session goes on, or may: one on another machine cannot be seen from here."""
+        run = next(iter(self._of("run")), None)
+        if run is None:
+            return False  # killed before its first line: it has not begun
+        return bool(run["host"] != socket.gethostname() or Process(run["pid"], run["started"]).alive())
+
+    def is_up(self) -> bool:
+        """Whether the pool is complete."""
+        return bool(self._of("up"))
+
+    def connection(self) -> tuple[Path, float] | None:
+        """Kubeconfig and speed of the cluster, if the run came that far."""
+        return next(((Path(entry["kubeconfig"]), entry["speed"]) for entry in self._of("cluster")), None)
+
+    def cluster_process(self) -> Process | None:
+        """The embedded cluster, if the run started one."""
+        return next((Process(entry["pid"], entry["started"]) for entry in self._of("process")), None)
+
+    def refs(self) -> list[Ref]:
+        """Objects that may exist, each once, in the order of their creation."""
+        return list(dict.fromkeys(Ref(*entry["ref"]) for entry in self._of("object")))
+
+    def _of(self, kind: str) -> list[Entry]:
+        return [entry for entry in self.entries() if entry["entry"] == kind]
+
+
+def ledgers(folder: Path) -> list[Ledger]:
+    """Every run that may have left something, oldest first by id."""
+    return [Ledger(path) for path in sorted(folder.glob("*.jsonl"))]
+
+
+def _whole(text: bytes) -> Iterator[Entry]:
+    for line in text.split(b"\n"):
+        try:
+            yield json.loads(line)
+        except ValueError:  # torn, or the end
+            continue
+
+
+def _sync_folder(folder: Path) -> None:
+    """The file's name is on disk too."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

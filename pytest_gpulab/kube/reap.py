@@ -1,0 +1,32 @@
+"""`gpulab reap`: tears down what runs left behind whose session is dead."""
+
+from __future__ import annotations
+
+import argparse
+
+from pytest_gpulab.kube.ledger import Ledger, ledgers
+from pytest_gpulab.kube.state import state_folder
+from pytest_gpulab.kube.teardown import tear_down
+
+
+def reap(options: argparse.Namespace) -> int:
+    """Tear down every dead run, or the one that is named. 0: nothing is left; 1: the list says what is."""
+    found = [ledger for ledger in ledgers(state_folder()) if options.id in (None, ledger.run)]
+    if options.id is not None and not found:
+        print(f"run {options.id} has left nothing")
+    left = [ledger.run for ledger in found if not _reap(ledger)]
+    if not found and options.id is None:
+        print("no run has left anything")
+    return 1 if left else 0
+
+
+def _reap(ledger: Ledger) -> bool:
+    """Whether nothing is left of the run that should not be."""
+    if ledger.owner_lives():
+        print(f"run {ledger.run}: its session is alive; left alone")
+        return True
+    ended = tear_down(ledger)
+    print(f"run {ledger.run}: {', '.join(ended.removed) or 'had nothing'}; removed")
+    for problem in ended.problems:
+        print(f"  {problem}")
+    return not ledger.path.exists()

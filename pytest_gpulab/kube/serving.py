@@ -1,0 +1,187 @@
+"""Serving one profile on a pool: apply its objects, wait stage by stage, answer once through the public way in."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from pytest_gpulab.endpoint import Endpoint
+from pytest_gpulab.kube.apply import apply
+from pytest_gpulab.kube.client import Kube
+from pytest_gpulab.kube.nodes import gpu_capacity, gpu_claims, wait_for_zero
+from pytest_gpulab.kube.objects import Object, Ref
+from pytest_gpulab.kube.pool import Pool
+from pytest_gpulab.kube.teardown import Teardown, remove
+from pytest_gpulab.kube.wait import WaitFailed, is_true, pod_failure, wait
+from pytest_gpulab.render import RUN_LABEL
+
+NODE_S: Final = 900.0
+"""Cluster seconds until a pod must run on a GPU node. Karpenter gives a GPU that never registers all the time there
+is, so this deadline is the only one."""
+READY_S: Final = 1800.0
+"""From the node to a Ready vLLM: image, weights, CUDA graphs."""
+ADDRESS_S: Final = 600.0
+"""Until the Ingress has its load balancer."""
+ANSWER_S: Final = 600.0
+"""Until the load balancer's name resolves and its targets are healthy."""
+
+_ANSWER_TIMEOUT_S: Final = 10.0
+_AUTOSCALER: Final = "HorizontalPodAutoscaler"
+
+
+def serve(pool: Pool, objects: Sequence[Object], model: str, *, replicas: int = 1) -> Endpoint:
+    """Have `objects` (a Deployment, its Service and Ingress, and what goes with them) serve `model`.
+
+    Applying what is there already changes nothing, so equal profiles share one deployment. The Secret among `objects`
+    must hold the pool's API key.
+
+    Args:
+        replicas: how many a new deployment starts with, all of them Ready before this returns. From then on they are
+            its autoscaler's business.
+
+    Raises:
+        WaitFailed: a stage failed or took too long; it says which, and what was last said about the objects.
+        KubeError: the API server refused an object.
+    """
+    kube = pool.kube
+    deployment, ingress = _of_kind(objects, "Deployment"), Ref.of(_of_kind(objects, "Ingress"))
+    name, namespace = Ref.of(deployment), deployment["metadata"]["namespace"]
+    is_new = kube.get(name) is None
+    old = frozenset(event["metadata"]["uid"] for event in _shortages(kube))
+    apply(kube, pool.ledger, [obj for obj in objects if obj["kind"] != _AUTOSCALER])
+    if is_new and replicas > 1:
+        kube.scale(name, replicas)
+    wanted = replicas if is_new else 1
+    selector = ",".join(f"{key}={value}" for key, value in deployment["spec"]["selector"]["matchLabels"].items())
+
+    def pods() -> list[Object]:
+        return kube.list("v1", "Pod", namespace, labels=selector)
+
+    def ready() -> list[Object]:
+        return [pod for pod in pods() if is_true(pod, "Ready")]
+
+    _wait_for_node(kube, pool.run, pods, old)
+    wait(
+        kube,
+        f"vLLM of {name} to be Ready",
+        lambda: len(ready()) >= wanted,
+        deadline_s=READY_S,
+        fails=lambda: pod_failure(pods()),
+        about=pods,
+    )
+    # Not before: it would see idle replicas next to those that are still loading, and take these away.
+    apply(kube, pool.ledger, [obj for obj in objects if obj["kind"] == _AUTOSCALER])
+    url = wait(
+        kube,
+        f"a public address of {ingress}",
+        lambda: _address(kube.get(ingress)),
+        deadline_s=ADDRESS_S,
+        about=lambda: _existing(kube, ingress),
+    )
+    endpoint = Endpoint(
+        url,
+        model,
+        pool.api_key,
+        metrics_urls=tuple(_metrics_url(kube, pod) for pod in ready()),
+        metrics_headers=kube.headers,
+    )
+    wait(
+        kube,
+        f"{url}/v1/models to list {model}",
+        lambda: _answers(endpoint),
+        deadline_s=ANSWER_S,
+        fails=lambda: pod_failure(pods()),
+        about=lambda: [*_existing(kube, ingress), *pods()],
+    )
+    return endpoint
+
+
+def withdraw(pool: Pool, name: str) -> None:
+    """Take what is served under `name` away again, and wait until Karpenter has given every machine back.
+
+    Raises:
+        WaitFailed: something did not go; it names what.
+    """
+    ended = Teardown()
+    remove(pool.kube, pool.run, [ref for ref in pool.ledger.refs() if ref.name == name], ended)
+    if ended.problems:
+        raise WaitFailed("; ".join(ended.problems))
+    wait_for_zero(pool.kube)
+
+
+def _wait_for_node(kube: Kube, run: str, pods: Callable[[], list[Object]], old: frozenset[str]) -> None:
+    wait(
+        kube,
+        "a GPU node that takes the pod",
+        lambda: any(is_true(pod, "PodScheduled") for pod in pods()),
+        deadline_s=NODE_S,
+        fails=lambda: _no_capacity(kube, run, old),
+        about=lambda: [*gpu_capacity(kube), *pods()],
+    )
+
+
+def _no_capacity(kube: Kube, run: str, old: frozenset[str]) -> str | None:
+    """Why no pool can buy a machine: EC2 had none for any of them, and nothing is on its way.
+
+    `old`: uids of shortages from before, which say nothing about now.
+    """
+    selector = f"{RUN_LABEL}={run}"
+    pools = {pool["metadata"]["name"] for pool in kube.list("karpenter.sh/v1", "NodePool", labels=selector)}
+    short = [event for event in _shortages(kube) if event["metadata"]["uid"] not in old]
+    refused = {pool for pool in pools if any(_of_pool(event, pool) for event in short)}
+    if not pools or refused != pools or gpu_claims(kube):
+        return None
+    return f"insufficient capacity in every NodePool ({', '.join(sorted(refused))}): {short[-1]['message']}"
+
+
+def _shortages(kube: Kube) -> list[Object]:
+    """What Karpenter has said about capacity that it did not get."""
+    return kube.list("v1", "Event", fields="reason=InsufficientCapacityError")
+
+
+def _of_pool(event: Object, pool: str) -> bool:
+    """Whether an event is about a NodeClaim of the pool: their names are the pool's and five letters."""
+    about = event["involvedObject"]
+    return about.get("kind") == "NodeClaim" and str(about.get("name")).rpartition("-")[0] == pool
+
+
+def _address(ingress: Object | None) -> str:
+    """Base URL of the load balancer, empty before it has one. EKS names no ports: then it is 80."""
+    status = (ingress or {}).get("status") or {}
+    for entry in (status.get("loadBalancer") or {}).get("ingress") or ():
+        host = entry.get("hostname") or entry.get("ip")
+        ports = [port["port"] for port in entry.get("ports") or ()]
+        if host:
+            return f"http://{host}:{ports[0]}" if ports else f"http://{host}"
+    return ""
+
+
+def _metrics_url(kube: Kube, pod: Object) -> str:
+    """The pod's /metrics through the API server: the load balancer shows only /v1."""
+    meta = pod["metadata"]
+    return f"{kube.url}/api/v1/namespaces/{meta['namespace']}/pods/{meta['name']}:8000/proxy/metrics"
+
+
+def _answers(endpoint: Endpoint) -> bool:
+    """Whether the public way leads to the model."""
+    request = urllib.request.Request(f"{endpoint.url}/v1/models", headers=endpoint.headers)
+    try:
+        with urllib.request.urlopen(request, timeout=_ANSWER_TIMEOUT_S) as answer:
+            listed: dict[str, Any] = json.load(answer)
+    except (OSError, ValueError):  # no such name yet, refused, 503 without targets, not JSON
+        return False
+    return endpoint.model in (entry["id"] for entry in listed.get("data", ()))
+
+
+def _of_kind(objects: Sequence[Object], kind: str) -> Object:
+    found = next((obj for obj in objects if obj["kind"] == kind), None)
+    if found is None:
+        raise ValueError(f"what serves must include a {kind}, got {', '.join(obj['kind'] for obj in objects)}")
+    return found
+
+
+def _existing(kube: Kube, ref: Ref) -> list[Object]:
+    found = kube.get(ref)
+    return [found] if found is not None else []

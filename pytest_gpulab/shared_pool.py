@@ -1,0 +1,128 @@
+"""One GPU pool for a whole pytest session: who brings it up, who may use it, and when it is torn down.
+
+The controlling process owns the run. The first process that asks brings the pool up, the others join it, and the
+owner tears it down after every other end of the session, so that no worker is left that could still create something.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_gpulab.kube.state import ledger_path
+
+if TYPE_CHECKING:
+    from pytest_gpulab.kube.client import Kube
+    from pytest_gpulab.kube.ledger import Ledger
+    from pytest_gpulab.kube.objects import Object
+    from pytest_gpulab.kube.pool import Pool
+
+RUN_KEY = "gpulab_run"
+"""Entry of xdist's workerinput: id of the run, and pid of its owner."""
+
+
+class SharedPool:
+    """The session's pool, in the process that owns it or in a worker. Nothing happens before one asks for it."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        given: tuple[str, int] | None = getattr(config, "workerinput", {}).get(RUN_KEY)
+        self._owns = given is None
+        self.run, self._owner_pid = given or (_new_run(), os.getpid())
+        self._path = ledger_path(self.run)
+        self._heeds = False
+        self.problems: list[str] = []
+        """What the teardown could not remove."""
+
+    def equip_worker(self, workerinput: dict[str, Any]) -> None:
+        """Tell a worker which run it belongs to."""
+        self._heed_sigterm()
+        workerinput[RUN_KEY] = (self.run, self._owner_pid)
+
+    def obtain(self, objects: Iterable[Object], *, start: Callable[[Ledger], Kube], lock: Path) -> Pool:
+        """The pool with `objects`: brought up by the first who asks, joined by the others.
+
+        Args:
+            start: connects the run to its cluster, which it may have to start.
+            lock: a file that all processes of the session share.
+
+        Raises:
+            KubeError: it could not be brought up, here or in the worker that tried.
+        """
+        from filelock import FileLock
+
+        from pytest_gpulab.kube.ledger import Ledger
+        from pytest_gpulab.kube.pool import bring_up, join
+        from pytest_gpulab.kube.process import Process
+
+        self._heed_sigterm()
+        with FileLock(lock):
+            if self._path.exists():
+                return join(Ledger(self._path))
+            ledger = Ledger.create(self._path, Process.of(self._owner_pid))
+            return bring_up(ledger, start(ledger), objects)
+
+    def finish(self, session: pytest.Session) -> Generator[None, Any, Any]:
+        """Tear down after every other end of the session; what is left, GPU nodes above all, fails it."""
+        try:
+            return (yield)
+        finally:
+            if self._owns and self._path.exists():
+                self._tear_down()
+            if self._heeds:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if self.problems and session.exitstatus not in _WORSE:
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def summarize(self, reporter: pytest.TerminalReporter) -> None:
+        """Say what is left."""
+        if self.problems:
+            reporter.section("gpulab: the GPU pool was not torn down cleanly", red=True)
+            for problem in self.problems:
+                reporter.line(problem)
+        if self._owns and self._path.exists():
+            reporter.line("something is left: `gpulab reap` tries again")
+
+    def _tear_down(self) -> None:
+        from pytest_gpulab.kube.ledger import Ledger
+        from pytest_gpulab.kube.teardown import tear_down
+
+        if self._heeds:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending already
+        self.problems = tear_down(Ledger(self._path)).problems
+
+    def _heed_sigterm(self) -> None:
+        """Turn SIGTERM into an orderly end of the session while there is a pool; the owner hears it."""
+        main = threading.current_thread() is threading.main_thread()
+        if self._owns and main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, self._end)
+            self._heeds = True
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        if self._path.exists():
+            raise KeyboardInterrupt("SIGTERM")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+_WORSE = (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR)
+
+POOL_KEY = pytest.StashKey[SharedPool]()
+
+
+def shared_pool_of(config: pytest.Config) -> SharedPool:
+    """The session's pool; KeyError before pytest_configure."""
+    return config.stash[POOL_KEY]
+
+
+def _new_run() -> str:
+    """Sorts by time, is a label's value and a file's name."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
