@@ -1,0 +1,257 @@
+"""What preflight finds out before anything costs: offers, quotas, prices, and what stands against a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from botocore.exceptions import ClientError
+
+from pytest_gpulab.aws.clients import Clients
+from pytest_gpulab.aws.errors import AwsError
+from pytest_gpulab.aws.lifecycle import make_cluster
+from pytest_gpulab.aws.preflight import Request, choose_zones, preflight
+from pytest_gpulab.aws.supply import Need
+from tests.aws.conftest import ACCOUNT, REGION, Stub, price_list, spot_history
+
+ZONES = [f"{REGION}{letter}" for letter in "abcd"]
+PRICES = {"c6a.large": 0.0765, "g4dn.xlarge": 0.526, "p5.4xlarge": 6.88}
+SIZES = {"g4dn.xlarge": (4, 1), "p5.4xlarge": (16, 1), "p6-b200.48xlarge": (192, 8)}
+
+
+class World:
+    """An account as preflight sees it; tests change it."""
+
+    def __init__(self) -> None:
+        self.account = ACCOUNT
+        self.zones = {zone: f"usw2-az{number}" for number, zone in enumerate(ZONES, 1)}
+        self.offered = {"g4dn.xlarge": ZONES[1:], "p5.4xlarge": ZONES[:1]}
+        self.quotas = {"L-DB2E81BA": 8.0, "L-3819A6DF": 8.0, "L-417A185B": 0.0, "L-7212CCBC": 0.0}
+        self.spot = {"g4dn.xlarge": {ZONES[1]: 0.21, ZONES[2]: 0.25, f"{REGION}z": 9.0}}
+        self.blocks: Callable[..., Any] = lambda **_: {"CapacityBlockOfferings": []}
+
+    def __call__(self, service: str) -> Stub:
+        return getattr(self, service.replace("-", "_"))()
+
+    def sts(self) -> Stub:
+        arn = f"arn:aws:sts::{self.account}:assumed-role/researcher/me"
+        return Stub(get_caller_identity=lambda: {"Account": self.account, "Arn": arn})
+
+    def iam(self) -> Stub:
+        arn = f"arn:aws:iam::{self.account}:role/team/researcher"
+        return Stub(get_role=lambda RoleName: {"Role": {"Arn": arn}} if RoleName == "researcher" else {})
+
+    def eks(self) -> Stub:
+        def describe_cluster(name: str) -> Any:
+            raise refusal("ResourceNotFoundException", f"No cluster found for name: {name}.")
+
+        return Stub(describe_cluster=describe_cluster)
+
+    def service_quotas(self) -> Stub:
+        return Stub(get_service_quota=lambda ServiceCode, QuotaCode: {"Quota": {"Value": self.quotas[QuotaCode]}})
+
+    def pricing(self) -> Stub:
+        return price_list(PRICES)
+
+    def ec2(self) -> Stub:
+        def offerings(LocationType: str, Filters: Any) -> Any:
+            kind = Filters[0]["Values"][0]
+            return {"InstanceTypeOfferings": [{"Location": zone} for zone in self.offered.get(kind, [])]}
+
+        def types(InstanceTypes: list[str]) -> Any:
+            vcpus, gpus = SIZES[InstanceTypes[0]]
+            size = {"VCpuInfo": {"DefaultVCpus": vcpus}, "GpuInfo": {"Gpus": [{"Count": gpus}]}}
+            return {"InstanceTypes": [size]}
+
+        return Stub(
+            describe_availability_zones=lambda **_: {
+                "AvailabilityZones": [{"ZoneName": zone, "ZoneId": ids} for zone, ids in self.zones.items()]
+            },
+            describe_instance_type_offerings=offerings,
+            describe_instance_types=types,
+            describe_spot_price_history=lambda InstanceTypes, **_: spot_history(self.spot.get(InstanceTypes[0], {})),
+            describe_capacity_block_offerings=lambda **asked: self.blocks(**asked),
+        )
+
+
+def refusal(code: str, message: str) -> ClientError:
+    return ClientError({"Error": {"Code": code, "Message": message}}, "Operation")
+
+
+def request(*needs: Need, **changes: Any) -> Request:
+    values = {
+        "name": "lab",
+        "run": "run-1",
+        "region": REGION,
+        "needs": needs,
+        "hours": 2.0,
+        "budget_usd": 20.0,
+        "allowed_accounts": frozenset({ACCOUNT}),
+        "client_cidrs": ("203.0.113.7/32",),
+    }
+    return Request(**{**values, **changes})
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def test_the_plan_adds_up(world):
+    plan = preflight(world, request(Need("g4dn.xlarge", 2)))
+    fixed = 0.10 + 0.045 + 0.005 + 0.0225 + 2 * 0.0765 * 1.12
+    gpus = 2 * 0.526 + 2 * 0.526 * 0.12  # on demand is dearer than spot: the most that can be asked
+    assert plan.usd_per_hour == pytest.approx(fixed + gpus)
+    assert plan.campaign_usd == pytest.approx(2 * (fixed + gpus))
+    assert plan.identity.principal_arn == f"arn:aws:iam::{ACCOUNT}:role/team/researcher"
+    shown = str(plan)
+    assert f"create lab in {REGION}, account {ACCOUNT}" in shown
+    assert "on-demand 0.526 USD/h (Pricing API, 2026-11-20)" in shown
+    # Of the zones that sell the machine, and not the dearest of all.
+    assert f"spot 0.25 USD/h (Spot API, {ZONES[2]}, 2026-11-23)" in shown
+
+
+def test_zones_with_the_machine_come_first(world):
+    assert preflight(world, request(Need("g4dn.xlarge", 1))).zones == tuple(ZONES[1:])
+
+
+def test_a_machine_that_is_only_where_the_others_are_not_is_blocked(world):
+    world.offered = {"g4dn.xlarge": ZONES[1:], "p5.4xlarge": ZONES[:1]}
+    plan = preflight(world, request(Need("g4dn.xlarge", 1), Need("g4dn.xlarge", 1), Need("p5.4xlarge", 1)))
+    assert plan.blocked["p5.4xlarge"].startswith(f"p5.4xlarge: EC2 offers it in {ZONES[0]}, but the cluster is in")
+
+
+def test_zones_without_eks_are_left_out(world):
+    world.offered = {"g4dn.xlarge": ZONES}
+    world.zones[ZONES[0]] = "use1-az3"
+    assert preflight(world, request(Need("g4dn.xlarge", 1))).zones == tuple(ZONES[1:])
+
+
+def test_zones_serve_most_instance_types():
+    assert choose_zones([["b", "c"], ["c", "d"]], ["a", "b", "c", "d"]) == ("b", "c", "d")
+    with pytest.raises(AwsError, match="must have 3 zones"):
+        choose_zones([], ["a", "b"])
+
+
+def test_a_closed_way_of_buying_is_not_priced(world):
+    world.quotas["L-DB2E81BA"] = 0.0
+    plan = preflight(world, request(Need("g4dn.xlarge", 2)))
+    (supply,) = plan.supplies
+    assert supply.gpus == 2
+    assert list(supply.prices) == ["spot"]
+    assert plan.blocked == {}
+    assert "'Running On-Demand G and VT instances' (L-DB2E81BA) is 0 vCPUs, but 2 of them need 8" in supply.closed[0]
+
+
+def test_what_is_not_offered_is_blocked_and_the_rest_goes_on(world):
+    plan = preflight(world, request(Need("g4dn.xlarge", 1), Need("p6-b200.48xlarge", 1)))
+    assert plan.blocked == {
+        "p6-b200.48xlarge": f"p6-b200.48xlarge: EC2 offers it in no zone of {REGION}",
+    }
+    assert not any("p6" in what for what, _ in plan.items)
+
+
+def test_p_machines_without_quota_name_the_capacity_block(world):
+    world.blocks = lambda **asked: {
+        "CapacityBlockOfferings": [
+            {
+                "CapacityBlockDurationHours": asked["CapacityDurationHours"],
+                "StartDate": datetime(2026, 12, 1, 11, 30, tzinfo=UTC),
+                "AvailabilityZone": ZONES[0],
+                "UpfrontFee": "132.50",
+            }
+        ]
+    }
+    wanted = request(Need("p5.4xlarge", 1), hours=24.5, budget_usd=100.0)
+    reason = preflight(world, wanted).blocked["p5.4xlarge"]
+    assert "'Running On-Demand P instances' (L-417A185B) is 0 vCPUs, but 1 of them need 16" in reason
+    assert f"Capacity Block (48 h from 2026-12-01 in {ZONES[0]} for 132 USD" in reason
+
+
+def test_aws_says_why_there_is_no_capacity_block(world):
+    def refuse(**_: Any) -> Any:
+        raise refusal("InvalidParameterValue", "The instance type is not supported for Capacity Blocks")
+
+    world.blocks = refuse
+    reason = preflight(world, request(Need("p5.4xlarge", 1))).blocked["p5.4xlarge"]
+    assert "AWS said The instance type is not supported for Capacity Blocks" in reason
+
+
+def test_the_budget_is_held_against_the_campaign(world):
+    with pytest.raises(AwsError, match=r"may cost .* USD \(.*for 100 h\), more than the budget of 20\.00 USD"):
+        preflight(world, request(Need("g4dn.xlarge", 1), hours=100.0))
+
+
+def test_another_account_is_refused_before_anything_is_asked(world):
+    world.account = "999999999999"
+    world.offered = None  # any further question would fail
+    with pytest.raises(AwsError, match=f"in the account 999999999999, which is not one of those allowed: {ACCOUNT}"):
+        preflight(world, request(Need("g4dn.xlarge", 1)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "Lab_1"}, "name must match"),
+        ({"name": "x" * 31}, "name must match"),
+        ({"budget_usd": 0.0}, "must be above 0"),
+        ({"hours": float("nan")}, "must be above 0"),
+        ({"client_cidrs": ()}, "no open default"),
+    ],
+)
+def test_what_is_no_request(world, changes, message):
+    with pytest.raises(ValueError, match=message):
+        preflight(world, request(**changes))
+
+
+def test_access_denied_names_what_was_asked(world, monkeypatch):
+    def refuse(**_: Any) -> Any:
+        raise refusal("AccessDeniedException", "no identity-based policy allows servicequotas:GetServiceQuota")
+
+    monkeypatch.setattr(World, "service_quotas", lambda _: Stub(get_service_quota=refuse))
+    with pytest.raises(AwsError, match=r"quota 'All G and VT Spot.*servicequotas:GetServiceQuota.*docs/eks\.md"):
+        preflight(world, request(Need("g4dn.xlarge", 1)))
+
+
+class Mixed:
+    """moto's account, with stubs for what moto has not: quotas, the price list and spot prices."""
+
+    def __init__(self, clients: Clients, world: World) -> None:
+        self._clients, self._world = clients, world
+
+    def __call__(self, service: str) -> Any:
+        if service in ("service-quotas", "pricing"):
+            return self._world(service)
+        return Spotted(self._clients("ec2"), self._world) if service == "ec2" else self._clients(service)
+
+
+class Spotted:
+    """An EC2 client with spot prices."""
+
+    def __init__(self, ec2: Any, world: World) -> None:
+        self._ec2, self._world = ec2, world
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._world.ec2() if name == "describe_spot_price_history" else self._ec2, name)
+
+
+def test_create_and_adopt_against_moto(clients, clock, world):
+    mixed = Mixed(clients, world)
+    plan = preflight(mixed, request(Need("g4dn.xlarge", 1)))
+    assert plan.identity.account == ACCOUNT
+    assert len(plan.zones) == 3
+    assert (plan.supplies[0].gpus, plan.blocked) == (1, {})
+
+    make_cluster(clients, plan, clock)
+    with pytest.raises(AwsError, match="adopt it with --gpulab-cluster lab"):
+        preflight(mixed, request(Need("g4dn.xlarge", 1)))
+    adopted = preflight(mixed, request(Need("g4dn.xlarge", 1), adopt=True, client_cidrs=()))
+    assert adopted.zones == plan.zones
+    # Somebody else pays for the control plane and the NAT gateway of an adopted cluster.
+    assert [what.split(":")[0] for what, _ in adopted.items] == [
+        "load balancer",
+        "1 x g4dn.xlarge",
+        "Auto Mode's fee for them, 12% of on-demand",
+    ]
