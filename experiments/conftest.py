@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import pytest
 
-from pytest_gpulab import Profile, blocked
+from pytest_gpulab import Fleet, Profile, blocked
 
 Value = TypeVar("Value")
 
@@ -21,6 +21,28 @@ PROFILES = {
 def profile(reference: Callable[[Mapping[str, Profile]], Profile]) -> Profile:
     """The reference profile of the accelerator under test, with vLLM's own defaults."""
     return reference(PROFILES)
+
+
+@pytest.fixture
+def lasting(campaign: str) -> Callable[..., float]:
+    """``lasting(300, rate, floor=150)``: seconds for which a study offers load at `rate` requests/s.
+
+    That is the first number, unless a quick campaign measures: then only as long as `floor` requests take.
+    """
+
+    def seconds(duration_s: float, rate: float, *, floor: int) -> float:
+        return min(duration_s, floor / rate) if campaign == "quick" else duration_s
+
+    return seconds
+
+
+STAGES = {"t4": "g4dn", "h200": "p5en"}
+
+
+@pytest.fixture
+def deployed(reference) -> Callable[..., Fleet]:
+    """``deployed(**fields)``: a Fleet with the cold start of the machine under test; from zero nodes unless told."""
+    return lambda **fields: Fleet(**{"stages": reference(STAGES), **fields})
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from pytest_gpulab import Direct, Poisson, Ramp, Shape, Workload
 
 SHAPE = Shape(prompt_tokens=512, output_tokens=128)
 
-# Requests/s, and how many unanswered requests the client allows before it drops.
+# Requests/s, and how many unanswered requests the client allows before it drops: 4 s of the burst.
 RATES = {
     "t4": {"start": 2, "steady": 8, "burst": 16, "outstanding": 64},
-    "h200": {"start": 10, "steady": 40, "burst": 60, "outstanding": 512},
+    "h200": {"start": 10, "steady": 40, "burst": 60, "outstanding": 256},
 }
 
 CAPS = {
@@ -20,21 +20,23 @@ CAPS = {
         "limited": {"max_num_seqs": 8, "max_num_batched_tokens": 4096},
     },
     "h200": {
-        "constrained": {"max_num_seqs": 1, "max_num_batched_tokens": 2048},
+        "constrained": {"max_num_seqs": 8, "max_num_batched_tokens": 2048},
         "limited": {"max_num_seqs": 32, "max_num_batched_tokens": 4096},
     },
 }
 
 
 @pytest.fixture(params=["steady", "burst"])
-def traffic(request, reference) -> Workload:
+def traffic(request, reference, lasting) -> Workload:
     """Steady traffic is ramped up and held, a burst comes at once."""
     rates = reference(RATES)
     admission = Direct(max_outstanding=rates["outstanding"])
     if request.param == "steady":
-        ramp = Ramp(start_rate=rates["start"], rate=rates["steady"], ramp_s=30)
-        return Workload(arrivals=ramp, shape=SHAPE, duration_s=330, admission=admission)
-    return Workload(arrivals=Poisson(rate=rates["burst"]), shape=SHAPE, duration_s=60, admission=admission)
+        duration_s = lasting(330, rates["steady"], floor=700)
+        ramp = Ramp(start_rate=rates["start"], rate=rates["steady"], ramp_s=duration_s / 11)
+        return Workload(arrivals=ramp, shape=SHAPE, duration_s=duration_s, admission=admission)
+    duration_s = lasting(60, rates["burst"], floor=700)
+    return Workload(arrivals=Poisson(rate=rates["burst"]), shape=SHAPE, duration_s=duration_s, admission=admission)
 
 
 @pytest.mark.decision("scheduler", "Keep vLLM dynamic defaults for small steady and burst traffic (512/128)")

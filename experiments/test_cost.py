@@ -11,24 +11,29 @@ SLO_P95_S = 2.0
 SLO_P99_S = 5.0
 
 TRAFFIC = {
-    "t4": {"steady": 8.0, "burst": 16.0, "outstanding": 64, "seqs": 8},
-    "h200": {"steady": 40.0, "burst": 60.0, "outstanding": 512, "seqs": 32},
+    "t4": {"steady": 8.0, "burst": 16.0, "outstanding": 64},
+    "h200": {"steady": 40.0, "burst": 60.0, "outstanding": 256},
+}
+
+LIMITED = {
+    "t4": {"max_num_seqs": 8, "max_num_batched_tokens": 4096},
+    "h200": {"max_num_seqs": 32, "max_num_batched_tokens": 4096},
 }
 
 
 @pytest.mark.decision("cost", "Optimized batching lowers the cost per useful request (512/128, SLO p95 2 s)")
 @pytest.mark.parametrize("traffic", ["steady", "burst"])
-def test_batching_lowers_cost(measure, profile, reference, traffic):
+def test_batching_lowers_cost(measure, profile, reference, lasting, traffic):
     setting = reference(TRAFFIC)
+    rate = setting[traffic]
     workload = Workload(
-        arrivals=Poisson(rate=setting[traffic]),
+        arrivals=Poisson(rate=rate),
         shape=SHAPE,
-        duration_s=120,
+        duration_s=lasting(120, rate, floor=700),
         admission=Direct(max_outstanding=setting["outstanding"]),
     )
     batched = measure(workload, profile, label=f"dynamic batching, {traffic}")
-    few = profile.with_engine_args(max_num_seqs=setting["seqs"])
-    limited = measure(workload, few, label=f"limited batching, {traffic}")
+    limited = measure(workload, profile.with_engine_args(**reference(LIMITED)), label=f"limited batching, {traffic}")
 
     assert batched.cost_per_useful_request(e2e_s=SLO_P99_S) <= 0.9 * limited.cost_per_useful_request(e2e_s=SLO_P99_S)
     caveat(batched.p95 <= SLO_P95_S, "p95 misses the 2 s SLO")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from pytest_gpulab import Constant, Direct, Shape, Workload, any_of, find_knee
@@ -12,22 +14,27 @@ BOUNDED = {"max_num_seqs": 32, "max_num_batched_tokens": 9216}
 # Requests/s: well within, the first rate that queues, and the range in which the knee is searched.
 RATES = {
     "t4": {"within": 0.75, "knee": 1.20, "beyond": 1.50, "low": 0.5, "high": 2.0},
-    "h200": {"within": 2.0, "knee": 3.2, "beyond": 3.6, "low": 1.5, "high": 6.0},
+    "h200": {"within": 2.0, "knee": 3.2, "beyond": 3.6, "low": 2.0, "high": 3.6},
 }
 
 
-def steady(rate: float) -> Workload:
-    """At least 130 requests, so that a p95 means something, and at least 300 s, so that a queue can grow."""
-    return Workload(
-        arrivals=Constant(rate=rate),
-        shape=SHAPE,
-        duration_s=max(300.0, 150 / rate),
-        admission=Direct(max_outstanding=256),
-    )
+@pytest.fixture
+def steady(lasting) -> Callable[[float], Workload]:
+    """Workloads at a constant rate: 300 s, so that a queue can grow, and at least enough requests for a p95."""
+
+    def at(rate: float) -> Workload:
+        return Workload(
+            arrivals=Constant(rate=rate),
+            shape=SHAPE,
+            duration_s=lasting(max(300.0, 150 / rate), rate, floor=150),
+            admission=Direct(max_outstanding=256),
+        )
+
+    return at
 
 
 @pytest.mark.decision("long-context", "Set a long-context boundary before failures appear (8192/300)")
-def test_boundary(measure, profile, reference):
+def test_boundary(measure, profile, reference, steady):
     rates = reference(RATES)
     served = profile.with_engine_args(**BOUNDED)
     knee = find_knee(
@@ -49,7 +56,7 @@ def test_boundary(measure, profile, reference):
 
 
 @pytest.mark.decision("lc-caps", "A scheduler cap is the first fix for the long-context knee (cuts p95 by 10 %)")
-def test_caps_at_the_knee(measure, profile, reference):
+def test_caps_at_the_knee(measure, profile, reference, steady):
     knee = steady(reference(RATES)["knee"])
     served = profile.with_engine_args(**BOUNDED)
     base = measure(knee, served, label="baseline")

@@ -11,11 +11,12 @@ RATES = {"t4": 1.0, "h200": 2.0}
 
 
 @pytest.mark.decision("kv-dtype", "FP8 KV keeps the delivery and the tokens/s of the baseline (8192/300)")
-def test_fp8_kv_cache(measure, profile, reference):
+def test_fp8_kv_cache(measure, profile, reference, lasting):
+    rate = reference(RATES)
     workload = Workload(
-        arrivals=Constant(rate=reference(RATES)),
+        arrivals=Constant(rate=rate),
         shape=LONG,
-        duration_s=300,
+        duration_s=lasting(300, rate, floor=60),
         admission=Direct(max_outstanding=256),
         timeout_s=300,
     )

@@ -15,20 +15,24 @@ UNEVEN = Mix(
 
 RATES = {
     "t4": {"steady": 6, "burst": 18, "uneven": 8, "spike": 20, "outstanding": 64},
-    "h200": {"steady": 30, "burst": 70, "uneven": 40, "spike": 80, "outstanding": 512},
+    "h200": {"steady": 30, "burst": 70, "uneven": 40, "spike": 80, "outstanding": 256},
 }
 
 
-def test_traffic_shape_changes_throughput_and_tail(measure, profile, reference):
+def test_traffic_shape_changes_throughput_and_tail(measure, profile, reference, lasting):
     """Traffic shape changes useful throughput and tail latency."""
     rates = reference(RATES)
     admission = Direct(max_outstanding=rates["outstanding"])
+    duration_s = lasting(120, rates["steady"], floor=300)
 
     def poisson(rate: float, shape: Shape | Mix) -> Workload:
-        return Workload(arrivals=Poisson(rate=rate), shape=shape, duration_s=120, admission=admission)
+        return Workload(arrivals=Poisson(rate=rate), shape=shape, duration_s=duration_s, admission=admission)
 
     spike_to_zero = Workload(
-        arrivals=SpikeToZero(rate=rates["spike"], spike_s=30), shape=SMALL, duration_s=120, admission=admission
+        arrivals=SpikeToZero(rate=rates["spike"], spike_s=duration_s / 4),
+        shape=SMALL,
+        duration_s=duration_s,
+        admission=admission,
     )
     steady = measure(poisson(rates["steady"], SMALL), profile, label="steady small")
     burst = measure(poisson(rates["burst"], SMALL), profile, label="burst small")

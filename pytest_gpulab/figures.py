@@ -6,12 +6,15 @@ describe this workload, not a stationary state.
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pytest_gpulab.run import Run
+from pytest_gpulab.timeline import Stage, cold_start, counts
 
 Interval = Literal["e2e", "ttft", "tpot", "service"]
 
@@ -76,8 +79,13 @@ def useful_requests(run: Run, slo: dict[Interval, float]) -> int:
 
 
 def mean_queue_delay(run: Run) -> float:
-    """Seconds from QUEUED to first SCHEDULED in the server, mean over requests, from vLLM's own sum and count."""
-    count = run.totals.get("request_queue_time_seconds_count", 0)
+    """Seconds from QUEUED to first SCHEDULED in the server, mean over requests, from vLLM's own sum and count.
+
+    NaN, which decides nothing, where the server showed no metrics.
+    """
+    count = run.totals.get("request_queue_time_seconds_count")
+    if count is None:
+        return math.nan
     return run.totals["request_queue_time_seconds_sum"] / count if count else 0.0
 
 
@@ -86,7 +94,67 @@ def highest(run: Run, gauge: str) -> float:
     return float(run.server[gauge].max()) if len(run.server) else 0.0
 
 
+# --- what it cost ---------------------------------------------------------------------------------------------
+
+
+def gpu_seconds(run: Run) -> float:
+    """Billed accelerator time in seconds: a fleet's from the run's start to zero nodes, provisioning, idle time and
+    drain included; without a fleet one accelerator for the run's wall time.
+    """
+    return run.totals.get("gpu_seconds", run.duration_s)
+
+
+def cost_usd(run: Run, price_usd_per_hour: float) -> float:
+    """USD for `gpu_seconds`: a fleet's bill, else at `price_usd_per_hour`."""
+    return run.totals.get("cost_usd", price_usd_per_hour * run.duration_s / 3600)
+
+
 def cost_per_useful_request(run: Run, price_usd_per_hour: float, slo: dict[Interval, float]) -> float:
-    """USD of the accelerator's wall time per request that met the limits; inf when none did."""
+    """USD of billed accelerator time per request that met the limits; inf when none did."""
     good = useful_requests(run, slo)
-    return price_usd_per_hour * run.duration_s / 3600 / good if good else float("inf")
+    return cost_usd(run, price_usd_per_hour) / good if good else float("inf")
+
+
+def gpu_utilization(run: Run) -> float:
+    """Share of the billed accelerator time in which a request ran; 0 where nothing was billed."""
+    busy = run.totals.get("gpu_busy_seconds", float((run.server["num_requests_running"] > 0).sum()))
+    billed = gpu_seconds(run)
+    return busy / billed if billed else 0.0
+
+
+# --- what the fleet did ---------------------------------------------------------------------------------------
+
+
+def reached(run: Run, stage: Stage) -> float:
+    """Seconds after the run's start at which the first cold start had reached `stage`; inf when it never did."""
+    return cold_start(run.timeline).get(stage, float("inf"))
+
+
+def replicas_ready(run: Run, replicas: int) -> float:
+    """Seconds after the run's start at which `replicas` were first Ready together; inf when they never were.
+
+    Without a timeline there is one server, and it is ready at the start.
+    """
+    moments = [max(0.0, at) for at, ready in _ready(run) if ready >= replicas]
+    return min(moments, default=float("inf"))
+
+
+def peak_replicas(run: Run) -> float:
+    """The most replicas that were Ready together."""
+    return float(max(ready for _, ready in _ready(run)))
+
+
+def seconds_without_replica(run: Run) -> float:
+    """Seconds of the run in which no replica was Ready."""
+    steps = [*_ready(run), (run.duration_s, 0)]
+    return sum(
+        min(until, run.duration_s) - max(since, 0.0)
+        for (since, ready), (until, _) in pairwise(steps)
+        if not ready and until > 0.0 and since < run.duration_s
+    )
+
+
+def _ready(run: Run) -> list[tuple[float, int]]:
+    """(seconds, Ready replicas from then on), up to the run's end."""
+    found = [(number.at, number.ready) for number in counts(run.timeline) if number.at < run.duration_s]
+    return found or [(0.0, 1)]

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_gpulab import figures
+from pytest_gpulab.definition import Definition
 from pytest_gpulab.evidence import Estimate
 from pytest_gpulab.experiment import Direct, Profile, Workload
 from pytest_gpulab.gates import Ledger
 from pytest_gpulab.record import RunSummary
 from pytest_gpulab.run import Run
+from pytest_gpulab.timeline import Stage
 
 if TYPE_CHECKING:
     from pytest_gpulab.lab import Lab
@@ -148,7 +150,10 @@ class Measurement:
     def cost_per_useful_request(
         self, *, e2e_s: float | None = None, ttft_s: float | None = None, tpot_s: float | None = None
     ) -> Estimate:
-        """USD of accelerator time per request that met every given limit (seconds)."""
+        """USD of billed accelerator time per request that met every given limit (seconds).
+
+        A fleet's time counts from the run's start to zero nodes: provisioning, idle replicas and drain included.
+        """
         price = self.profile.price
         slo = _slo(e2e_s, ttft_s, tpot_s)
         return self.figure(
@@ -156,6 +161,41 @@ class Measurement:
             "USD",
             lambda run: figures.cost_per_useful_request(run, price, slo),
         )
+
+    @property
+    def cost(self) -> Estimate:
+        """USD of billed accelerator time."""
+        price = self.profile.price
+        return self.figure("cost", "USD", lambda run: figures.cost_usd(run, price))
+
+    @property
+    def gpu_seconds(self) -> Estimate:
+        """Billed accelerator time: a fleet's provisioning, idle replicas and drain included."""
+        return self.figure("GPU time", "s", figures.gpu_seconds)
+
+    @property
+    def gpu_utilization(self) -> Estimate:
+        """Share of the billed accelerator time in which a request ran."""
+        return self.figure("GPU utilization", "ratio", figures.gpu_utilization, timed=False)
+
+    @property
+    def peak_replicas(self) -> Estimate:
+        """The most replicas that were Ready together."""
+        return self.figure("peak replicas", "replicas", figures.peak_replicas, timed=False)
+
+    @property
+    def downtime(self) -> Estimate:
+        """Seconds of the run in which no replica was Ready."""
+        return self.figure("time without a replica", "s", figures.seconds_without_replica, timed=False)
+
+    def replicas_ready(self, replicas: int) -> Estimate:
+        """Seconds after the run's start at which so many replicas were first Ready together; inf: never."""
+        label = "first replica ready" if replicas == 1 else f"{replicas} replicas ready"
+        return self.figure(label, "s", lambda run: figures.replicas_ready(run, replicas), timed=False)
+
+    def reached(self, stage: Stage) -> Estimate:
+        """Seconds after the run's start at which its first cold start had reached `stage`; inf: never."""
+        return self.figure(f"{stage} reached", "s", lambda run: figures.reached(run, stage), timed=False)
 
     def _gauge(self, gauge: str, label: str, unit: str) -> Estimate:
         return self.figure(label, unit, lambda run: figures.highest(run, gauge), timed=False)
@@ -216,7 +256,7 @@ class Latency:
 
 
 def describe(workload: Workload, profile: Profile) -> str:
-    """A short name for an arm: its rate, and the engine arguments that differ from vLLM's defaults."""
+    """A short name for an arm: its rate, and what differs from the defaults of vLLM and of a fleet."""
     arrivals = workload.arrivals
     rate = getattr(arrivals, "rate", None)
     parts = [f"{rate:.3g} req/s" if rate is not None else arrivals.kind]
@@ -226,7 +266,21 @@ def describe(workload: Workload, profile: Profile) -> str:
     parts += [f"{name}={value}" for name, value in args.items()]
     if not isinstance(workload.admission, Direct):
         parts.append(workload.admission.kind)
+    if profile.fleet is not None:
+        parts += [f"{profile.fleet.warm} warm" if profile.fleet.warm else "from zero"]
+        parts += _differences(profile.fleet, but="warm")
     return ", ".join(parts)
+
+
+def _differences(definition: Definition, but: str = "") -> list[str]:
+    """``name=value`` for the fields that are not at their defaults, those of parts under their own names."""
+    found = []
+    for name, field in type(definition).model_fields.items():
+        value = getattr(definition, name)
+        if name == but or value == field.default:
+            continue
+        found += _differences(value) if isinstance(value, Definition) else [f"{name}={value}"]
+    return found
 
 
 def _slo(e2e_s: float | None, ttft_s: float | None, tpot_s: float | None) -> dict[figures.Interval, float]:
@@ -261,6 +315,16 @@ def summarize(measurement: Measurement) -> RunSummary:
         measurement.peak_kv_cache_usage,
         measurement.preemptions,
     ]
+    if measurement.profile.fleet is not None:
+        estimates += [
+            measurement.replicas_ready(1),
+            measurement.replicas_ready(2),
+            measurement.peak_replicas,
+            measurement.downtime,
+            measurement.gpu_seconds,
+            measurement.gpu_utilization,
+            measurement.cost,
+        ]
     suffix = f" of {measurement.label}"
     return RunSummary(
         id=measurement.id,
@@ -269,7 +333,7 @@ def summarize(measurement: Measurement) -> RunSummary:
         basis=provenance.basis,
         server=provenance.server,
         workload=measurement.workload.model_dump(mode="json", exclude_none=True),
-        profile=measurement.profile.model_dump(mode="json", exclude_none=True),
+        profile=_stated(measurement.profile),
         seeds=measurement.seeds,
         figures=tuple(
             figure.model_copy(update={"label": figure.label.removesuffix(suffix)})
@@ -277,6 +341,12 @@ def summarize(measurement: Measurement) -> RunSummary:
         ),
         problems=tuple(dict.fromkeys(problem for run in runs for problem in run.problems)),
     )
+
+
+def _stated(profile: Profile) -> dict[str, Any]:
+    """The profile without what it leaves to vLLM. A fleet is told in full: None says something there."""
+    stated = profile.model_dump(mode="json", exclude_none=True)
+    return stated if profile.fleet is None else {**stated, "fleet": profile.fleet.model_dump(mode="json")}
 
 
 def evidence_of(ledger: Ledger) -> dict[str, Any]:

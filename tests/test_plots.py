@@ -8,6 +8,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from pytest_gpulab.report.plots import (
     Arm,
     CostPoint,
     RatePoint,
+    cold_start_stages,
     cost_vs_latency,
+    fleet_timeline,
     latency_cdf,
     queue_depth,
     rate_vs_p95,
@@ -62,10 +65,29 @@ COSTS = [
     CostPoint("limited", figure(3e-4, unit="USD"), figure(math.inf, 2.0, math.inf), 1),
 ]
 
+COLD = (
+    (0.0, "replicas 1 wanted 0 ready, nodes 0, nodeclaims 0"),
+    (5.0, "NodeClaim a created"),
+    (6.0, "replicas 1 wanted 0 ready, nodes 0, nodeclaims 1"),
+    (10.0, "Node b created"),
+    (10.0, "replicas 1 wanted 0 ready, nodes 1, nodeclaims 1"),
+    (15.0, "Pod c scheduled"),
+    (35.0, "Pod c started"),
+    (50.0, "Pod c ready"),
+    (50.0, "replicas 3 wanted 1 ready, nodes 1, nodeclaims 1"),
+)
+NEVER = COLD[:5]
+FLEETS = [
+    Arm("cold", replace(run(), timeline=COLD), 0),
+    Arm("never up", replace(run(lost=200), timeline=NEVER), 1),
+]
+
 PLOTS: dict[str, Callable[..., str]] = {
     "rate": lambda **rest: rate_vs_p95(POINTS, (1.0, 2.0), basis="simulated", **rest),
     "cdf": lambda **rest: latency_cdf(ARMS, basis="simulated", **rest),
     "queue": lambda **rest: queue_depth(ARMS, basis="simulated", **rest),
+    "fleet": lambda **rest: fleet_timeline(FLEETS, basis="simulated", **rest),
+    "stages": lambda **rest: cold_start_stages(FLEETS, basis="simulated", **rest),
     "cost": lambda **rest: cost_vs_latency(COSTS, basis="simulated", slo_s=2.0, **rest),
 }
 every_plot = pytest.mark.parametrize("draw", PLOTS.values(), ids=PLOTS)
@@ -88,7 +110,7 @@ def test_says_its_basis_and_describes_itself(draw):
     root = ElementTree.fromstring(svg)
     assert "simulated" in texts(svg)
     assert "(simulated)" in root.findtext(f"{SVG}title", "")
-    assert "p95" in root.findtext(f"{SVG}desc", "") or "waiting" in root.findtext(f"{SVG}desc", "")
+    assert re.search("p95|waiting|ready|Ready", root.findtext(f"{SVG}desc", ""))
     assert root.get("role") == "img"
     assert all(name in ids(svg) for name in root.get("aria-labelledby", "").split())
 
@@ -304,3 +326,32 @@ def test_long_labels_wrap_and_markup_is_escaped():
     assert "<script" not in svg
     lines = [text for text in texts(svg) if "word" in text or "script" in text]
     assert len(lines) == 3 and lines[-1].endswith("…")
+
+
+def test_a_fleets_timeline_tells_when_it_was_ready_and_what_it_cost():
+    found = " ".join(texts(fleet_timeline(FLEETS, basis="simulated")))
+    assert "first ready at 50 s, at most 1; 100 GPU s billed" in found
+    assert "none ready" in found
+    for label in ("replicas", "GPU nodes", "requests"):
+        assert label in found
+
+
+def test_cold_start_bars_are_as_long_as_the_stages():
+    svg = cold_start_stages(FLEETS, basis="simulated")
+    found = " ".join(texts(svg))
+    assert "cold: Ready after 50 s" in found
+    assert "never up: never Ready" in found
+    widths = {
+        shade: max(float(x) for x in re.findall(r"[ML] ([\d.]+) ", path))
+        - min(float(x) for x in re.findall(r"[ML] ([\d.]+) ", path))
+        for path, shade in re.findall(r'd="(M [^"]*?)z[^"]*"[^>]*style="fill: (#[0-9a-f]+)', svg)
+        if shade in ("#e69f00", "#009e73")
+    }
+    assert widths["#e69f00"] / widths["#009e73"] == pytest.approx(20 / 15, rel=0.02), "image 20 s, model 15 s"
+
+
+def test_warm_replicas_show_the_cold_start_before_the_run():
+    """Their stages ended before the run began; the bar counts from the deployment."""
+    shifted = tuple((at - 60.0, text) for at, text in COLD)
+    svg = cold_start_stages([Arm("warm", replace(run(), timeline=shifted), 0)], basis="simulated")
+    assert "warm: Ready after 50 s" in " ".join(texts(svg))

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from pytest_gpulab import Poisson, Profile, Shape, Workload, caveat, find_knee
+from pytest_gpulab import Fleet, Poisson, Profile, Shape, Workload, caveat, find_knee
 from pytest_gpulab.gates import Figure, Gate, Ledger, collecting
 from pytest_gpulab.lab import Lab
 from pytest_gpulab.record import Decision, Item, Provenance, RunSummary
 from pytest_gpulab.report import html
 from pytest_gpulab.report.canvas import colour
-from pytest_gpulab.targets import find_target
+from pytest_gpulab.targets.sim import Sim
 
 EVIL = "<script>alert('x')</script> & more"
 
@@ -166,7 +166,7 @@ SHAPE = Shape(prompt_tokens=512, output_tokens=32)
 @pytest.fixture
 def ledger() -> Ledger:
     """A simulated experiment with a knee search, two arms, a gate on cost and a caveat that names the SLO."""
-    lab = Lab(find_target("sim"), max_repeats=6)
+    lab = Lab(Sim(), max_repeats=6)
     ledger = Ledger("experiments/test_x.py::test_cost")
     with collecting(ledger):
         find_knee(
@@ -206,6 +206,19 @@ def test_extras_are_the_same_again_and_run_nothing(ledger):
     pulled = [measurement.pulled for measurement in ledger.measurements]
     assert html.extras(ledger, WITH_HTML) == html.extras(ledger, WITH_HTML)
     assert [measurement.pulled for measurement in ledger.measurements] == pulled
+
+
+def test_fleets_add_their_timeline_and_cold_start():
+    lab, ledger = Lab(Sim(), max_repeats=6), Ledger("experiments/test_x.py::test_fleet")
+    traffic = Workload(arrivals=Poisson(rate=1), shape=SHAPE, duration_s=500)
+    with collecting(ledger):
+        cold = lab.measure(traffic, PROFILE.on(Fleet(autoscaling=None)), label="from zero")
+        warm = lab.measure(traffic, PROFILE.on(Fleet(autoscaling=None, warm=1)), label="warm")
+        assert warm.replicas_ready(1) < cold.replicas_ready(1)
+    (extra,) = html.extras(ledger, WITH_HTML)
+    for text in ("Replicas, nodes and requests over time", "Where a cold start's time goes", "GPU s billed"):
+        assert text in extra["content"]
+    assert extra["content"].count("<svg") == 4
 
 
 def test_no_extras_without_a_report_or_evidence(ledger):
@@ -261,3 +274,11 @@ def test_report_of_passed_skipped_failed_and_broken_tests(pytester, mode):
     assert {len(row["resultsTableRow"]) for row in rows} == {6}
     assert [row["verdict"].count("gpulab-badge") for row in rows] == [1, 0, 0, 0, 0]
     assert [len(row["extras"]) for row in rows] == [1, 0, 0, 0, 0]
+
+
+def test_an_arm_with_a_fleet_adds_its_columns():
+    ready = Figure(label="first replica ready", value=441.0, low=430.0, high=450.0, n=6, unit="s")
+    fleet = arm(figures=(ready,), profile={"fleet": {"warm": 0}})
+    block = html.experiment({}, "", [], [fleet, arm()], [], {})
+    assert "1st ready" in block and "441 s<small>430 to 450</small>" in block
+    assert "1st ready" not in html.experiment({}, "", [], [arm()], [], {})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, get_args
 
 from pytest_gpulab.gates import Ledger
 from pytest_gpulab.run import Basis
+from pytest_gpulab.timeline import counts
 
 if TYPE_CHECKING:
     from pytest_gpulab.knee import Knee
@@ -21,7 +22,8 @@ def plots_of(ledger: Ledger) -> tuple[list[Measurement], list[str]]:
     """The arms that curves are drawn for, in the order of their colours, and the plots as SVG.
 
     A knee search gives rate against p95; of its many rates only the two that bracket the knee get curves. All
-    arms share the latency curves and the queue over time; a gate on cost adds cost against latency.
+    arms share the latency curves and the queue over time; fleets add their timeline and the stages of the first cold
+    start, a gate on cost adds cost against latency.
     """
     arms = _arms(ledger)
     plots = [_knee_plot(knee, f"{ledger.nodeid} {index}") for index, knee in enumerate(ledger.knees)]
@@ -58,12 +60,17 @@ def _knee_plot(knee: Knee, key: str) -> str:
 
 
 def _arm_plots(arms: Sequence[Measurement], key: str) -> list[str]:
-    from pytest_gpulab.report.plots import Arm, latency_cdf, queue_depth
+    from pytest_gpulab.report.plots import Arm, cold_start_stages, fleet_timeline, latency_cdf, queue_depth
 
     drawn = [Arm(arm.label, arm.run(0), index) for index, arm in enumerate(arms)]
-    plots = [latency_cdf(drawn, basis=_weakest(arms), key=key)]
+    fleets = [arm for arm in drawn if counts(arm.run.timeline)]
+    basis = _weakest(arms)
+    plots = [latency_cdf(drawn, basis=basis, key=key)]
+    if fleets:
+        plots.append(fleet_timeline(fleets, basis=basis, key=key))
+        plots.append(cold_start_stages(fleets, basis=basis, key=key))
     if any(arm.run.server.size for arm in drawn):
-        plots.append(queue_depth(drawn, basis=_weakest(arms), key=key))
+        plots.append(queue_depth(drawn, basis=basis, key=key))
     return plots
 
 

@@ -38,6 +38,15 @@ _COLUMNS = {
 }
 """Figures of the arm table, by their label in the record."""
 
+_FLEET_COLUMNS = {
+    "first replica ready": "1st ready",
+    "2 replicas ready": "2nd ready",
+    "time without a replica": "Down",
+    "GPU utilization": "GPU used",
+    "cost": "Cost",
+}
+"""What the table adds where an arm has a fleet."""
+
 
 # --- the results table ----------------------------------------------------------------------------------------
 
@@ -191,17 +200,18 @@ def _gate_row(gate: Gate) -> str:
 
 
 def _arm_table(runs: Sequence[RunSummary], colours: Mapping[str, str]) -> str:
-    heads = "".join(f'<th class="gpulab-n">{title}</th>' for title in _COLUMNS.values())
-    rows = "".join(_arm_row(run, colours.get(run.id, "transparent")) for run in runs)
+    columns = _COLUMNS | (_FLEET_COLUMNS if any("fleet" in run.profile for run in runs) else {})
+    heads = "".join(f'<th class="gpulab-n">{title}</th>' for title in columns.values())
+    rows = "".join(_arm_row(run, columns, colours.get(run.id, "transparent")) for run in runs)
     return (
         '<h4>Arms</h4><div class="gpulab-scroll"><table><thead><tr><th>Arm</th>'
         f'<th class="gpulab-n">Repeats</th>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
     )
 
 
-def _arm_row(run: RunSummary, shade: str) -> str:
+def _arm_row(run: RunSummary, columns: Iterable[str], shade: str) -> str:
     figures = {figure.label: figure for figure in run.figures}
-    cells = "".join(f'<td class="gpulab-n">{_figure(figures.get(label))}</td>' for label in _COLUMNS)
+    cells = "".join(f'<td class="gpulab-n">{_figure(figures.get(label))}</td>' for label in columns)
     fixed = any(figure.deterministic for figure in run.figures)
     repeats = "1<small>deterministic</small>" if fixed else str(len(run.seeds))
     return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,6 +21,15 @@ _COLUMNS = {
     "mean queue delay": "queue delay",
 }
 """Figures of the evidence table, by their label in the record."""
+
+_FLEET_COLUMNS = {
+    "first replica ready": "1st ready",
+    "2 replicas ready": "2nd ready",
+    "time without a replica": "down",
+    "GPU utilization": "GPU used",
+    "cost": "USD",
+}
+"""What the table adds where an arm has a fleet."""
 
 
 def to_markdown(record: Record) -> str:
@@ -106,20 +115,21 @@ def _gate_table(gates: Sequence[Gate]) -> list[str]:
 def _run_table(runs: Sequence[RunSummary]) -> list[str]:
     if not runs:
         return []
+    columns = _COLUMNS | (_FLEET_COLUMNS if any("fleet" in run.profile for run in runs) else {})
     return [
         "",
-        _row("run", "repeats", *_COLUMNS.values()),
-        _row("---", "---:", *("---:" for _ in _COLUMNS)),
-        *(_run_row(run) for run in runs),
+        _row("run", "repeats", *columns.values()),
+        _row("---", "---:", *("---:" for _ in columns)),
+        *(_run_row(run, columns) for run in runs),
         *(f"\n{_text(run.label)}: {_text(problem)}" for run in runs for problem in run.problems),
     ]
 
 
-def _run_row(run: RunSummary) -> str:
+def _run_row(run: RunSummary, columns: Iterable[str]) -> str:
     figures = {figure.label: figure for figure in run.figures}
     fixed = any(figure.deterministic for figure in run.figures)
     repeats = "1 (deterministic)" if fixed else str(len(run.seeds))
-    return _row(_text(run.label), repeats, *(_figure(figures.get(label)) for label in _COLUMNS))
+    return _row(_text(run.label), repeats, *(_figure(figures.get(label)) for label in columns))
 
 
 def _figure(figure: Figure | None) -> str:

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pytest_gpulab.figures import latencies, percentile
+from pytest_gpulab.figures import gpu_seconds, latencies, peak_replicas, percentile, replicas_ready
 from pytest_gpulab.gates import Figure, Outcome
 from pytest_gpulab.report.canvas import QUIET, Canvas, Entry, Panel, colour, drawing, number, wants_log
 from pytest_gpulab.run import Run
+from pytest_gpulab.timeline import Counts, Stage, cold_start, counts
 
 MOST_ARMS = 8
 """More curves than that are not told apart; the arm table has them all."""
@@ -221,8 +222,8 @@ def queue_depth(
         for panel, name in zip(canvas.panels, ("waiting", "running"), strict=True):
             top = 1.0
             for place, arm in enumerate(shown):
-                width = 1.2 + 2.0 * (1 - (place + 1) / len(shown))  # equal curves stay visible below each other
                 time, depth = _decimate(arm.run.server["time"], arm.run.server[f"num_requests_{name}"], most)
+                width = _width(place, len(shown))
                 panel.axes.plot(time, depth, drawstyle="steps-post", color=colour(arm.index), linewidth=width)
                 top = max(top, float(depth.max()))
             panel.span_x(0, end_s or 1.0)
@@ -230,6 +231,11 @@ def queue_depth(
             panel.finish("time since the run's start (s)", f"requests {name}", rows=4, last=name == "running")
         text = "; ".join(f"{arm.label}: {_depth_text(arm.run)}" for arm in shown)
         return canvas.svg(key, f"Requests waiting and running over time. {text}.")
+
+
+def _width(place: int, arms: int) -> float:
+    """Line widths that leave equal curves visible below each other."""
+    return 1.2 + 2.0 * (1 - (place + 1) / arms)
 
 
 def _depth_text(run: Run) -> str:
@@ -248,6 +254,107 @@ def _decimate(time: NDArray[Any], depth: NDArray[Any], most: int) -> tuple[NDArr
         keep |= {int(stretch[depth[stretch].argmin()]), int(stretch[depth[stretch].argmax()])}
     index = np.array(sorted(keep))
     return time[index], depth[index]
+
+
+# --- fleets ---------------------------------------------------------------------------------------------
+
+
+def fleet_timeline(
+    arms: Sequence[Arm], *, basis: str, key: str = "", title: str = "Replicas, nodes and requests over time"
+) -> str:
+    """Replicas Ready (dashed: wanted), GPU nodes, and requests in the servers over time, per arm with a timeline."""
+    shown = arms[:MOST_ARMS]
+    entries = [Entry(arm.label, _fleet_text(arm.run), colour(arm.index)) for arm in shown]
+    with drawing():
+        canvas = Canvas(title, "first repeat; dashed: replicas wanted", basis, _with_rest(entries, arms), panels=3)
+        end_s = max((arm.run.duration_s for arm in shown), default=1.0)
+        most = max(20, _CURVE_POINTS // (4 * max(1, len(shown))))
+        tops = [_draw_fleet(canvas.panels, arm, _width(place, len(shown)), most) for place, arm in enumerate(shown)]
+        labels = ("replicas", "GPU nodes", "requests")
+        for panel, label, *heights in zip(canvas.panels, labels, *tops, strict=True):
+            panel.span_x(0, end_s)
+            panel.span_y(0, 1.12 * max(1.0, *heights))
+            panel.finish("time since the run's start (s)", label, rows=3, last=label == labels[-1])
+        text = "; ".join(f"{arm.label}: {_fleet_text(arm.run)}" for arm in shown)
+        return canvas.svg(key, f"Replicas, nodes and requests over time. {text}.")
+
+
+def _draw_fleet(panels: Sequence[Panel], arm: Arm, width: float, most: int) -> tuple[float, float, float]:
+    """One arm's lines in the three panels, of at most `most` samples; the highest value in each."""
+    replicas, nodes, requests = (panel.axes for panel in panels)
+    style: dict[str, Any] = {"drawstyle": "steps-post", "color": colour(arm.index)}
+    steps = _within(counts(arm.run.timeline), arm.run.duration_s)
+    moments = [step.at for step in steps]
+    replicas.plot(moments, [step.wanted for step in steps], linestyle=(0, (2, 2)), linewidth=0.9, **style)
+    replicas.plot(moments, [step.ready for step in steps], linewidth=width, **style)
+    nodes.plot(moments, [step.nodes for step in steps], linewidth=width, **style)
+    active = arm.run.server["num_requests_running"] + arm.run.server["num_requests_waiting"]
+    requests.plot(*_decimate(arm.run.server["time"], active, most), linewidth=width, **style)
+    return (
+        float(max((max(step.wanted, step.ready) for step in steps), default=0)),
+        float(max((step.nodes for step in steps), default=0)),
+        float(active.max(initial=0)),
+    )
+
+
+def _fleet_text(run: Run) -> str:
+    first, most = replicas_ready(run, 1), peak_replicas(run)
+    ready = "none ready" if np.isinf(first) else f"first ready at {number(first)} s, at most {most:.0f}"
+    return f"{ready}; {number(gpu_seconds(run))} GPU s billed"
+
+
+def _within(steps: Sequence[Counts], end_s: float) -> list[Counts]:
+    """The steps between a run's start and its end; the first begins there, the last lasts until then."""
+    before = [step for step in steps if step.at <= 0][-1:]
+    during = [step for step in steps if 0 < step.at < end_s]
+    found = [step._replace(at=0.0) for step in before] + during
+    return [*found, found[-1]._replace(at=end_s)] if found else []
+
+
+_STAGE_WORDS: dict[Stage, tuple[str, str]] = {
+    "nodeclaim": ("NodeClaim created", "#9aa5b1"),
+    "node": ("node there", "#56B4E9"),
+    "scheduled": ("GPU allocatable, pod scheduled", "#0072B2"),
+    "container": ("image pulled, container started", "#E69F00"),
+    "ready": ("model loaded, pod Ready", "#009E73"),
+}
+
+
+def cold_start_stages(
+    arms: Sequence[Arm], *, basis: str, key: str = "", title: str = "Where a cold start's time goes"
+) -> str:
+    """One bar an arm: the seconds each stage of its first cold start took, up to the first Ready replica."""
+    shown = arms[:MOST_ARMS]
+    bars = [(arm.label, _stage_ends(arm.run)) for arm in shown]
+    entries = [Entry(words, "", shade, "s") for words, shade in _STAGE_WORDS.values()]
+    with drawing():
+        canvas = Canvas(
+            title, "first repeat; stage by stage until the first replica is Ready", basis, _with_rest(entries, arms)
+        )
+        panel = canvas.panels[0]
+        panel.span_x(0, 1.04 * max(1.0, *(end for _, ends in bars for end in ends.values())))
+        panel.span_y(0, len(bars) + 0.1)
+        for row, (label, ends) in enumerate(reversed(bars)):
+            for (stage, end), start in zip(ends.items(), (0.0, *ends.values()), strict=False):
+                shade = _STAGE_WORDS[stage][1]
+                panel.axes.barh(row + 0.3, end - start, 0.4, start, color=shade, zorder=2)
+            panel.axes.text(0, row + 0.56, f" {label}: {_ready_text(ends)}", size=7.5, va="bottom")
+        panel.finish("time since the deployment (s)", "", y_format=lambda value: "", rows=1)
+        return canvas.svg(key, f"Cold start by stage. {'; '.join(_stages_text(*bar) for bar in bars)}.")
+
+
+def _stage_ends(run: Run) -> dict[Stage, float]:
+    """Seconds from the deployment to the end of each stage. Warm replicas were deployed before the run's start."""
+    deployed = min([0.0, *(at for at, _ in run.timeline)])
+    return {stage: at - deployed for stage, at in cold_start(run.timeline).items()}
+
+
+def _ready_text(ends: dict[Stage, float]) -> str:
+    return f"Ready after {number(ends['ready'])} s" if "ready" in ends else "never Ready"
+
+
+def _stages_text(label: str, ends: dict[Stage, float]) -> str:
+    return f"{label}: " + ", ".join(f"{_STAGE_WORDS[stage][0]} after {number(end)} s" for stage, end in ends.items())
 
 
 # --- cost against latency -------------------------------------------------------------------------------
