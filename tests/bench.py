@@ -11,14 +11,18 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from pytest_gpulab.arrivals import schedule
+from pytest_gpulab.cluster.fleet import simulate_fleet
 from pytest_gpulab.engine import jumping as fast_driver
 from pytest_gpulab.engine import simulate
 from pytest_gpulab.engine.calibration import find_variant
 from pytest_gpulab.engine.simulation import make_plan
 from pytest_gpulab.engine.stepping import run_stepping
 from pytest_gpulab.experiment import BoundedQueue, ClosedLoop, Poisson, Profile, Shape, Workload
+from pytest_gpulab.fleet import FROM_ZERO, WARM_ONE
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,44 @@ def engine_memory() -> Iterator[Row]:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     yield Row("engine: T4 at 6 req/s, peak memory", peak / requests, "bytes/request", 500, most=True)
+
+
+# --- the load generator -------------------------------------------------------------------------------
+
+sys.path.append(str(Path(__file__).parents[1]))  # last: `tests` from here, the package as it is installed
+
+
+@section
+def client_accuracy() -> Iterator[Row]:
+    """Against a server that writes down when it sent what; both need a core of their own."""
+    from tests.load.accuracy import measure_accuracy
+
+    seen = min((measure_accuracy(rate=100.0) for _ in range(3)), key=lambda accuracy: accuracy.ttft_error_p99_ms)
+    name = "client: 100 req/s of 128 tokens"
+    yield Row(f"{name}, TTFT error p50", 1e3 * seen.ttft_error_p50_ms, "us", 1000, most=True)
+    yield Row(f"{name}, TTFT error p99", 1e3 * seen.ttft_error_p99_ms, "us", 5000, most=True)
+    yield Row(f"{name}, send lag p99", 1e3 * seen.send_lag_p99_ms, "us", 5000, most=True)
+    yield Row(f"{name}, answers with wrong counts", seen.miscounted, "", 0, most=True)
+
+
+@section
+def client_capacity() -> Iterator[Row]:
+    """Chunks read from one null server, beside the clients that `tests/load/other_clients.py` finds."""
+    from tests.load.other_clients import chunk_rates
+
+    rates = chunk_rates()
+    others = [rate for name, rate in rates.items() if name != "ours"]
+    yield Row("client: chunks read, ours", rates.pop("ours"), "1/s", max(others, default=None))
+    for name, rate in rates.items():
+        yield Row(f"client: chunks read, {name}", rate, "1/s")
+
+
+@section
+def fleet_hour() -> Iterator[Row]:
+    hour = Workload(arrivals=Poisson(rate=24.0), shape=SMALL, duration_s=3600.0)
+    for name, fleet in (("from zero", FROM_ZERO), ("one warm", WARM_ONE)):
+        seconds = best_seconds(partial(simulate_fleet, T4.on(fleet), hour), 3)
+        yield Row(f"fleet: an autoscaled hour at 24 req/s, {name}", seconds, "s", 1.0, most=True)
 
 
 # --- the table ----------------------------------------------------------------------------------------

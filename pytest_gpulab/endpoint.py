@@ -1,0 +1,40 @@
+"""An Endpoint: where an OpenAI-compatible server answers, and where its metrics are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A server under load.
+
+    Attributes:
+        url: its base, without ``/v1`` and without a slash at the end.
+        model: what clients call the model.
+        api_key: bearer token of requests below /v1; None: sends none. Never shown.
+        metrics_urls: pages in Prometheus' text format, one a server process; their counters and gauges are summed.
+            Empty: the server shows none.
+        metrics_headers: sent with requests for metrics. Never shown.
+        metrics_ca: PEM file of the authority that signed for them; None: those that this machine trusts.
+    """
+
+    url: str
+    model: str
+    api_key: str | None = field(default=None, repr=False)
+    metrics_urls: tuple[str, ...] = ()
+    metrics_headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    metrics_ca: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"url must start with http:// or https://, got {self.url!r}")
+        if self.url.rstrip("/").endswith("/v1"):
+            raise ValueError(f"url must come without /v1, got {self.url!r}: cut it off")
+        object.__setattr__(self, "url", self.url.rstrip("/"))
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of requests below /v1."""
+        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}

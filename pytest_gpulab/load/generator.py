@@ -1,0 +1,206 @@
+"""`run_load`: a workload as real requests to a real server, and what came of them as a Run."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import aiohttp
+import uvloop
+
+from pytest_gpulab.endpoint import Endpoint
+from pytest_gpulab.engine.simulation import definition_hash
+from pytest_gpulab.experiment import Profile, Workload, require_servable
+from pytest_gpulab.load.bodies import new_salt
+from pytest_gpulab.load.gpu import GpuSample, gpu_totals, local_gpu_samples
+from pytest_gpulab.load.headroom import Headroom
+from pytest_gpulab.load.local import Load, OneProcess, Processes, processes_for
+from pytest_gpulab.load.metrics import Scraper
+from pytest_gpulab.load.progress import Progress, Show, meanwhile, show_on_terminal, tell_every
+from pytest_gpulab.load.reconcile import (
+    client_problems,
+    in_flight_means,
+    lag_p99,
+    little_problems,
+    server_problems,
+)
+from pytest_gpulab.load.share import Outcome, Share
+from pytest_gpulab.run import Basis, Provenance, Run
+from pytest_gpulab.run_store import Question, RunStore
+
+LONGEST_ANSWER_S = 300.0
+"""A request of a workload without `timeout_s` is given up after so long: a server that hangs ends no run."""
+
+_SETTLE_S = 5.0
+"""The server's counters may be behind its last answer by so much."""
+
+_INTERRUPTED_SETTLE_S = 1.0
+
+_LEAD_S = 0.1
+"""From the last preparation to the run's start."""
+
+_PROGRESS_S = 5.0
+
+_MOST_LOST = 0.1
+"""Share of the seconds that may go without a sample of the server."""
+
+
+class LoadInterrupted(KeyboardInterrupt):
+    """Ctrl-C ended a run. `run` is what there was of it, invalid as evidence; `saved` is its file, if any."""
+
+    def __init__(self, run: Run, saved: Path | None) -> None:
+        where = f", saved as {saved}" if saved else ""
+        super().__init__(f"the load was interrupted after {run.duration_s:.1f} s{where}")
+        self.run = run
+        self.saved = saved
+
+
+def run_load(
+    workload: Workload,
+    *,
+    endpoint: Endpoint,
+    profile: Profile,
+    seed: int,
+    target: str,
+    basis: Basis,
+    server: str,
+    relative_error: float = 0.0,
+    progress: Show = show_on_terminal,
+    headroom: Headroom | None = None,
+    processes: int | None = None,
+    longest_answer_s: float = LONGEST_ANSWER_S,
+    interrupted_to: Path | None = None,
+) -> Run:
+    """One run of `workload` against `endpoint`. Blocks until the last answer; needs a thread without event loop.
+
+    Args:
+        profile: what is served there: for provenance and for the longest request it takes.
+        server: what serves, for provenance: vLLM's version and the GPU.
+        relative_error: how far absolute figures may be off: the calibration's where the server is emulated.
+        progress: takes a line every 5 s.
+        headroom: what this client can do on this machine; load beyond it is refused.
+        processes: how many send; None: as many as the rate needs.
+        interrupted_to: the folder of a `RunStore` that keeps an interrupted run; keep valid runs elsewhere.
+        longest_answer_s: after which a request without a `timeout_s` of its own is given up.
+
+    Returns:
+        The Run. Besides vLLM's counters its totals have: ``client_failed_<kind>`` (undelivered requests by kind),
+        ``client_connection_errors`` (refused or broken), ``client_send_lag_p99_s``, ``client_loop_lag_p99_s``,
+        ``client_cpu_share`` (of one core, of the busiest process), ``server_in_flight_mean``,
+        ``client_in_flight_mean``, and where there is a GPU to be seen ``gpu_utilization_mean`` (0 to 1),
+        ``gpu_memory_used_bytes_max``, ``gpu_power_watts_mean``.
+
+    Raises:
+        ValueError: a request does not fit the profile, or the load is beyond `headroom`.
+        LoadInterrupted: Ctrl-C; within 2 s, with the partial run.
+    """
+    require_servable(workload, profile)
+    count = processes_for(workload, seed) if processes is None else processes
+    if headroom is not None:
+        headroom.require(workload, seed, count)
+    salt = new_salt()
+    shares = [Share(workload, endpoint, seed, salt, longest_answer_s, index, count) for index in range(count)]
+    load: Load = OneProcess(shares[0]) if count == 1 else Processes(shares)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        evidence = runner.run(_measure(load, endpoint, progress))
+    outcome = evidence.outcome
+    run = Run(
+        requests=outcome.requests,
+        server=evidence.scraper.table,
+        totals=_totals(evidence),
+        duration_s=evidence.wall_s if outcome.interrupted else max(outcome.ended_s, workload.duration_s or 0.0),
+        provenance=Provenance(
+            target=target,
+            basis=basis,
+            seed=seed,
+            definition_hash=definition_hash(profile, workload),
+            server=server,
+            relative_error=relative_error,
+        ),
+        problems=tuple(_problems(workload, evidence)),
+    )
+    if outcome.interrupted:
+        store = RunStore(interrupted_to) if interrupted_to is not None else None
+        raise LoadInterrupted(run, store.save(Question(workload, profile, seed), run) if store else None)
+    return run
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """What was measured. `wall_s`: from the run's start to the end of sending."""
+
+    outcome: Outcome
+    scraper: Scraper
+    gpu: list[GpuSample]
+    wall_s: float
+
+
+async def _measure(load: Load, endpoint: Endpoint, show: Show) -> _Evidence:
+    async with aiohttp.ClientSession() as session, load, local_gpu_samples(endpoint.url) as gpu:
+        scraper = Scraper(endpoint, session)
+        await scraper.read_all(counts=False)
+        start = time.perf_counter() + _LEAD_S
+
+        def look() -> Progress:
+            return load.progress(time.perf_counter() - start)
+
+        telling = tell_every(_PROGRESS_S, look, lambda progress: show(str(progress)))
+        async with meanwhile(scraper.sample(start)), meanwhile(telling):
+            outcome = await load.run(start)
+        wall_s = time.perf_counter() - start
+        try:
+            await _settle(scraper, outcome)
+        except asyncio.CancelledError:
+            outcome = replace(outcome, interrupted=True)
+    return _Evidence(outcome, scraper, gpu + scraper.gpu_samples, wall_s)
+
+
+async def _settle(scraper: Scraper, outcome: Outcome) -> None:
+    """Read the metrics until they hold all answers that the client has, but not for long."""
+    limit_s = _INTERRUPTED_SETTLE_S if outcome.interrupted else _SETTLE_S
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(limit_s):
+            while await scraper.read_all() and not outcome.interrupted:
+                behind = scraper.totals.get("request_success_total", math.inf) < outcome.counts["whole"]
+                if not behind and (outcome.failures or not scraper.in_flight):
+                    return
+                await asyncio.sleep(0.1)
+
+
+def _totals(evidence: _Evidence) -> dict[str, float]:
+    outcome = evidence.outcome
+    failures = outcome.failures
+    held, expected, _ = in_flight_means(evidence.scraper.table, outcome)
+    means = {"server_in_flight_mean": held, "client_in_flight_mean": expected}
+    return {
+        **evidence.scraper.totals,
+        **{f"client_failed_{kind}": float(count) for kind, count in sorted(failures.items())},
+        "client_connection_errors": float(failures["connect"] + failures["reset"]),
+        "client_send_lag_p99_s": lag_p99(outcome.send_lag_s),
+        "client_loop_lag_p99_s": lag_p99(outcome.loop_lag_s),
+        "client_cpu_share": outcome.cpu_s / max(evidence.wall_s, 1e-9),
+        **{name: mean for name, mean in means.items() if not math.isnan(mean)},
+        **gpu_totals(evidence.gpu),
+    }
+
+
+def _problems(workload: Workload, evidence: _Evidence) -> Iterator[str]:
+    outcome, scraper = evidence.outcome, evidence.scraper
+    yield from client_problems(outcome)
+    if not scraper.urls:
+        return
+    if scraper.silent:
+        yield f"no metrics came from {', '.join(scraper.silent)}: the server's side is not known"
+        return
+    if scraper.restarts:
+        yield f"a server restarted during the run ({scraper.restarts} times): its counters began again"
+    if scraper.lost > _MOST_LOST * evidence.wall_s:
+        yield f"{scraper.lost} samples of the metrics were lost in {evidence.wall_s:.0f} s"
+    if not (outcome.interrupted or scraper.restarts):
+        yield from server_problems(workload, outcome, scraper.totals)
+        yield from little_problems(scraper.table, outcome)

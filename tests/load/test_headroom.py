@@ -1,0 +1,74 @@
+"""The client's own limits: what it measures of itself, how it divides a load, and what it says meanwhile."""
+
+from __future__ import annotations
+
+import pytest
+
+from pytest_gpulab.experiment import BoundedQueue, ClosedLoop, Constant, Poisson, Shape, SpikeToZero, Workload
+from pytest_gpulab.load.headroom import Headroom, measure_headroom, null_server, send_to
+from pytest_gpulab.load.local import peak_chunk_rate, peak_rate, processes_for
+from pytest_gpulab.load.progress import Progress, of_all
+from tests.load.loads import requests
+
+SHAPE = Shape(prompt_tokens=64, output_tokens=50)
+
+
+def test_a_null_server_answers_in_full():
+    with null_server(0.002) as url:
+        outcome = send_to(url, requests(30, rate=100.0))
+    assert outcome.requests["ok"].all()
+    assert outcome.requests["output_tokens"].tolist() == [6] * 30
+    assert outcome.counts == {"whole": 30}  # with right usage blocks
+
+
+@pytest.mark.parametrize(("most_lag_s", "chunks_per_s"), [(10.0, 40 * 128), (-10.0, 0.0)])
+def test_headroom_is_the_last_load_on_time(monkeypatch, most_lag_s, chunks_per_s):
+    """With a bound that no machine misses, and with one that none keeps."""
+    monkeypatch.setattr("pytest_gpulab.load.headroom._RATES", (10.0, 40.0))
+    monkeypatch.setattr("pytest_gpulab.load.headroom._RUNG_S", 0.2)
+    monkeypatch.setattr("pytest_gpulab.load.headroom._MOST_LAG_S", most_lag_s)
+    assert measure_headroom().chunks_per_s == chunks_per_s
+
+
+def test_peaks_are_those_of_the_schedule():
+    steady = Workload(arrivals=Constant(rate=40.0), shape=SHAPE, duration_s=20.0)
+    assert peak_rate(steady, 0) == pytest.approx(40.0)
+    assert peak_chunk_rate(steady, 0) == pytest.approx(2000.0)
+    spike = Workload(arrivals=SpikeToZero(rate=40.0, spike_s=10.0), shape=SHAPE, duration_s=100.0)
+    assert 35.0 < peak_rate(spike, 0) < 60.0
+    trace = Workload.from_trace([(0.0, 9, 10), (1.0, 9, 30), (60.0, 9, 35)])
+    assert peak_chunk_rate(trace, 0) == pytest.approx(8.0)  # 40 tokens in 5 s
+    assert peak_rate(Workload(arrivals=ClosedLoop(concurrency=9), shape=SHAPE, requests=99), 0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("workload", "processes"),
+    [
+        (Workload(arrivals=Poisson(rate=100.0), shape=SHAPE, duration_s=20.0), 1),
+        (Workload(arrivals=Constant(rate=101.0), shape=SHAPE, duration_s=20.0), 2),
+        (Workload(arrivals=Constant(rate=450.0), shape=SHAPE, duration_s=20.0), 5),
+        (Workload(arrivals=Constant(rate=450.0), shape=SHAPE, duration_s=20.0, admission=BoundedQueue(
+            capacity=9, max_wait_s=1.0)), 1),
+        (Workload(arrivals=ClosedLoop(concurrency=900), shape=SHAPE, requests=9000), 1),
+    ],
+)  # fmt: skip
+def test_as_many_processes_as_the_rate_needs(workload, processes):
+    assert processes_for(workload, 0) == processes
+
+
+def test_headroom_grows_with_processes():
+    workload = Workload(arrivals=Poisson(rate=100.0), shape=SHAPE, duration_s=60.0)
+    headroom = Headroom(chunks_per_s=4000.0)
+    headroom.require(workload, 0, 2)
+    with pytest.raises(ValueError, match="use more processes, a faster machine or a lower rate"):
+        headroom.require(workload, 0, 1)
+
+
+def test_the_progress_line():
+    progress = Progress(elapsed_s=35.0, length_s=120.0, finished=210, offered=720, in_flight=14, p95_s=2.3061)
+    assert str(progress) == "0:35 of 2:00, 210 of 720 answered (6.0/s), 14 in flight, p95 2.31 s, 1:25 left"
+    early = Progress(elapsed_s=5.0, length_s=4.0, finished=0, offered=9, in_flight=9, p95_s=None)
+    assert str(early).endswith("9 in flight, no answer yet, waiting for the last answers")
+    both = of_all([progress, early])
+    assert (both.finished, both.offered, both.in_flight, both.p95_s) == (210, 729, 23, 2.3061)
+    assert of_all([early, early]).p95_s is None

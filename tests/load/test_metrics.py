@@ -1,0 +1,203 @@
+"""What is read from /metrics: names of several versions, several servers, restarts, gaps."""
+
+from __future__ import annotations
+
+import asyncio
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from pytest_gpulab.endpoint import Endpoint
+from pytest_gpulab.load.metrics import Scraper, parse_page
+
+LABELS = '{engine="0",model_name="m"}'
+
+V0_9 = f"""# HELP vllm:num_requests_running Number of requests in model execution batches.
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{LABELS} 3.0
+vllm:num_requests_waiting{LABELS} 2.0
+vllm:gpu_cache_usage_perc{LABELS} 0.25
+vllm:gpu_prefix_cache_queries_total{LABELS} 100.0
+vllm:gpu_prefix_cache_queries_created{LABELS} 1.75e+09
+vllm:gpu_prefix_cache_hits_total{LABELS} 16.0
+vllm:num_preemptions_total{LABELS} 1.0
+vllm:time_per_output_token_seconds_bucket{{engine="0",le="0.01",model_name="m"}} 4.0
+vllm:time_per_output_token_seconds_sum{LABELS} 0.5
+vllm:time_per_output_token_seconds_count{LABELS} 40.0
+"""
+V0_11 = f"""vllm:gpu_cache_usage_perc{LABELS} 0.25
+vllm:kv_cache_usage_perc{LABELS} 0.25
+vllm:prefix_cache_queries_total{LABELS} 100.0
+vllm:gpu_prefix_cache_queries_total{LABELS} 100.0
+vllm:inter_token_latency_seconds_sum{LABELS} 0.5
+vllm:time_per_output_token_seconds_sum{LABELS} 0.5
+"""
+V0_32 = """vllm:num_requests_running{engine="0",model_name="m"} 3.0
+vllm:num_requests_running{engine="1",model_name="m"} 4.0
+vllm:num_requests_waiting{engine="0",model_name="m"} 1.0
+vllm:num_requests_waiting{engine="1",model_name="m"} 0.0
+vllm:num_requests_waiting_by_reason{engine="0",model_name="m",reason="capacity"} 1.0
+vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.2
+vllm:kv_cache_usage_perc{engine="1",model_name="m"} 0.4
+vllm:request_success_total{engine="0",finished_reason="length",model_name="m"} 10.0
+vllm:request_success_total{engine="1",finished_reason="stop",model_name="m"} 5.0
+vllm:request_success_total{engine="1",finished_reason="abort",model_name="m"} 7.0
+vllm:request_queue_time_seconds_sum{engine="0",model_name="m, of {braces} 9"} 1.5e-05
+python_gc_collections_total{generation="0"} 12.0
+process_start_time_seconds 1.75e+09
+"""
+
+
+def test_older_names_are_the_newer_ones():
+    page = parse_page(V0_9.encode())
+    assert page["kv_cache_usage_perc"] == 0.25
+    assert page["prefix_cache_queries_total"] == 100
+    assert page["prefix_cache_hits_total"] == 16
+    assert page["inter_token_latency_seconds_sum"] == 0.5
+    assert page["inter_token_latency_seconds_count"] == 40
+    assert not any("created" in name or "gpu_" in name or "bucket" in name for name in page)
+
+
+def test_names_side_by_side_count_once():
+    page = parse_page(V0_11.encode())
+    assert page == {
+        "kv_cache_usage_perc": 0.25,
+        "prefix_cache_queries_total": 100,
+        "inter_token_latency_seconds_sum": 0.5,
+    }
+
+
+def test_engines_of_one_server_are_summed():
+    page = parse_page(V0_32.encode())
+    assert page["num_requests_running"] == 7
+    assert page["num_requests_waiting"] == 1
+    assert page["kv_cache_usage_perc"] == pytest.approx(0.3)
+    assert page["request_success_total"] == 15  # an aborted request is no success
+    assert page["request_queue_time_seconds_sum"] == 1.5e-05
+    assert page["process_start_time_seconds"] == 1.75e9
+    assert not any(name.startswith("python") for name in page)
+
+
+class Pages:
+    """Metrics pages whose text the test sets; None: the server is away."""
+
+    def __init__(self, *texts: str | None) -> None:
+        self.texts = list(texts)
+        self.headers: list[str] = []
+
+    async def answer(self, request: web.Request) -> web.Response:
+        self.headers.append(request.headers.get("X-Key", ""))
+        text = self.texts[int(request.match_info["number"])]
+        return web.Response(text=text or "", status=200 if text is not None else 503)
+
+
+def scraping(pages, check):
+    """Run `check(scraper)` against the pages."""
+
+    async def run():
+        app = web.Application()
+        app.router.add_get("/{number}", pages.answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        base = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        urls = tuple(f"{base}/{number}" for number in range(len(pages.texts)))
+        try:
+            async with aiohttp.ClientSession() as session:
+                await check(Scraper(Endpoint(base, "m", metrics_urls=urls, metrics_headers={"X-Key": "k"}), session))
+        finally:
+            await runner.cleanup()
+
+    asyncio.run(run())
+
+
+def page(generated: float, running: int = 0, usage: float = 0.0, **more: float) -> str:
+    values = {"generation_tokens_total": generated, "num_requests_running": running, "kv_cache_usage_perc": usage}
+    return "".join(f"vllm:{name}{LABELS} {value}\n" for name, value in {**values, **more}.items())
+
+
+def test_differences_over_several_servers():
+    pages = Pages(page(100, x_seconds_sum=1.0), page(1000))
+
+    async def check(scraper):
+        await scraper.read_all(counts=False)
+        assert scraper.totals == {}
+        pages.texts = [page(150, x_seconds_sum=3.5), page(1007)]
+        await scraper.read_all()
+        assert scraper.totals == {"generation_tokens_total": 57, "x_seconds_sum": 2.5}
+        assert scraper.restarts == 0
+        assert scraper.silent == []
+
+    scraping(pages, check)
+    assert set(pages.headers) == {"k"}
+
+
+@pytest.mark.parametrize("start_time", [False, True])
+def test_a_restart_is_seen_and_its_counters_count_on(start_time):
+    """By a counter that fell, or by the process' start when the counters are already past the old ones."""
+
+    def text(generated, started):
+        shown = f"process_start_time_seconds {started}\n" if start_time else ""
+        return page(generated) + shown
+
+    pages = Pages(text(100, 1.0))
+
+    async def check(scraper):
+        await scraper.read_all(counts=False)
+        pages.texts = [text(160, 1.0)]
+        await scraper.read_all()
+        new = 200 if start_time else 30
+        pages.texts = [text(new, 2.0)]
+        await scraper.read_all()
+        assert scraper.restarts == 1
+        assert scraper.totals["generation_tokens_total"] == 60 + new
+        pages.texts = [text(new + 5, 2.0)]
+        await scraper.read_all()
+        assert scraper.restarts == 1
+        assert scraper.totals["generation_tokens_total"] == 65 + new
+
+    scraping(pages, check)
+
+
+def test_a_server_that_comes_during_the_run_counts_from_zero():
+    pages = Pages(page(100), None)
+
+    async def check(scraper):
+        await scraper.read_all(counts=False)
+        assert len(scraper.silent) == 1
+        pages.texts = [page(110), page(7)]
+        await scraper.read_all()
+        assert scraper.totals["generation_tokens_total"] == 17
+        pages.texts = [None, page(9)]
+        await scraper.read_all()
+        assert scraper.totals["generation_tokens_total"] == 19
+
+    scraping(pages, check)
+
+
+def test_samples_each_second():
+    pages = Pages(page(10, running=1, usage=0.5), page(20, running=2, usage=0.1))
+
+    async def check(scraper):
+        import time
+
+        await scraper.read_all(counts=False)
+        pages.texts = [page(15, running=4, usage=0.6), page(20, running=2, usage=0.2)]
+        start = time.perf_counter()
+        task = asyncio.create_task(scraper.sample(start))
+        while len(scraper.table) < 2:
+            await asyncio.sleep(0.01)
+        pages.texts = [None, None]
+        while not scraper.lost:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        rows = scraper.table
+        assert rows["num_requests_running"].tolist() == [6, 6]
+        assert rows["kv_cache_usage"].tolist() == pytest.approx([0.4, 0.4])
+        assert rows["generation_tokens_total"].tolist() == [5, 5]
+        assert 0.0 <= rows["time"][0] < 0.5
+        assert 1.0 <= rows["time"][1] < 1.5
+
+    scraping(pages, check)
