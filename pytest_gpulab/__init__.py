@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         SpikeToZero,
         Workload,
     )
+    from pytest_gpulab.fleet import Autoscaling, Faults, Fleet, Shortage
     from pytest_gpulab.gates import blocked
     from pytest_gpulab.knee import find_knee
 
@@ -52,17 +53,21 @@ _HOME = {
         "SpikeToZero",
         "Workload",
     ),
+    "pytest_gpulab.fleet": ("Autoscaling", "Faults", "Fleet", "Shortage"),
     "pytest_gpulab.gates": ("blocked",),
     "pytest_gpulab.knee": ("find_knee",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "Autoscaling",
     "BoundedQueue",
     "ClosedLoop",
     "Constant",
     "Direct",
     "EngineArgs",
+    "Faults",
+    "Fleet",
     "Gamma",
     "Lengths",
     "Mix",
@@ -70,6 +75,7 @@ __all__ = [
     "Profile",
     "Ramp",
     "Shape",
+    "Shortage",
     "SpikeToZero",
     "Workload",
     "any_of",

@@ -8,6 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pytest_gpulab.aws.command import add_eks
+from pytest_gpulab.compare import add_compare
+from pytest_gpulab.kube.command import add_reap
+from pytest_gpulab.live.command import add_cluster
 from pytest_gpulab.serving.command import add_serve
 
 if TYPE_CHECKING:
@@ -29,7 +33,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gpulab", description="Tools around pytest-gpulab's experiments.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_fit(commands)
-    _add_cluster(commands)
+    add_cluster(commands)
+    add_compare(commands)
+    add_eks(commands)
+    add_reap(commands)
     add_serve(commands)
     return parser
 
@@ -53,25 +60,6 @@ def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     fit.add_argument("--source", help="what was measured, by whom, when (default: the names of the files)")
     fit.add_argument("--no-check", action="store_true", help="skip the leave-one-out fits; errors are stored as 0")
     fit.set_defaults(run=_fit)
-
-
-def _add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    cluster = commands.add_parser(
-        "cluster",
-        help="run the embedded cluster behind a Kubernetes API on loopback",
-        description="Runs the embedded cluster until it is interrupted, for kubectl and the kubernetes client.",
-    )
-    cluster.add_argument("--kubeconfig", required=True, type=Path, metavar="FILE", help="write the way in here")
-    cluster.add_argument("--port", type=int, default=0, help="on 127.0.0.1 (default: any free one)")
-    cluster.add_argument("--speed", type=float, default=1.0, help="cluster seconds a second (default: 1)")
-    cluster.add_argument("--seed", type=int, default=0, help="of durations and names (default: 0)")
-    cluster.set_defaults(run=_cluster)
-
-
-def _cluster(options: argparse.Namespace) -> int:
-    from pytest_gpulab.cluster.api.command import run
-
-    return run(options)
 
 
 def _fit(options: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from pytest_gpulab.gates import Figure, Gate, Outcome, Role, current_ledger
+from pytest_gpulab.gates import Figure, Gate, Outcome, Role, TargetRefused, current_ledger
 from pytest_gpulab.rule import LOOKS, Result, Vote, decide, interval_ranks, looks_for
 from pytest_gpulab.source import Place, place_of_assert, place_of_call
 
@@ -297,8 +297,15 @@ class Comparison(Claim):
         return self.left.sources + (self.right.sources if isinstance(self.right, Estimate) else ())
 
     def decide(self, alternatives: int = 1) -> Decided:
-        result, deterministic = self._result(alternatives)
-        outcome, why = result.outcome, votes_text(result, deterministic)
+        try:
+            result, deterministic = self._result(alternatives)
+            ended = ""
+        except TargetRefused as refusal:
+            result, deterministic = self._what_there_is(refusal), False
+            ended = f": {refusal}"
+        outcome, why = result.outcome, votes_text(result, deterministic) + ended
+        if outcome == "undecided" and alternatives > 1 and not ended:
+            why += f"; one of {alternatives} alternatives needs more repeats than a claim alone"
         invalid = self._invalid(result.repeats)
         if invalid:
             outcome, why = "undecided", invalid
@@ -316,12 +323,26 @@ class Comparison(Claim):
     def _result(self, alternatives: int) -> tuple[Result, bool]:
         """The rule's result; with identical repeats the one there is decides, and (result, True) comes back."""
         looks = looks_for(min(source.max_repeats for source in self.sources), alternatives)
+        self._pull(LOOKS[0].repeats)
         distinct = {_pair_key(self.sources, repeat) for repeat in range(LOOKS[0].repeats)}
         if len(distinct) == 1 and self._simulated:
             vote = self._vote(0)
             outcome: Outcome = "held" if vote == 1 else "false" if vote == -1 else "undecided"
             return Result(outcome, LOOKS[0].repeats, vote == 1, vote == -1), True
-        return decide(self._vote, looks), False
+        return decide(self._vote, looks, self._pull), False
+
+    def _what_there_is(self, refusal: TargetRefused) -> Result:
+        """The votes of an unfinished look: the target served for a while, then no more. Raises without any vote."""
+        seen = min(source.lab.available(source) for source in self.sources)
+        if not seen:
+            raise refusal
+        votes = [self._vote(repeat) for repeat in range(seen)]
+        return Result("undecided", seen, votes.count(1), votes.count(-1))
+
+    def _pull(self, repeats: int) -> None:
+        """Make the runs that a look needs together, so that the Lab can order them."""
+        for lab in dict.fromkeys(source.lab for source in self.sources):
+            lab.pull([source for source in self.sources if source.lab is lab], repeats)
 
     @property
     def _simulated(self) -> bool:

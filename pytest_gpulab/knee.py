@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pytest_gpulab.evidence import Claim, Decided, figure_text, number_text
-from pytest_gpulab.gates import Figure, Outcome, current_ledger
+from pytest_gpulab.gates import Figure, Outcome, TargetRefused, current_ledger
 from pytest_gpulab.measurement import Measurement
 
 UNIT = "requests/s"
@@ -109,7 +109,8 @@ def find_knee(
     """Bisect the rate between `low` and `high` requests/s until the bracket is `resolution` wide (0.1 = 10 %).
 
     `arm` measures at a rate; `stable` claims that a measurement is stable, e.g. ``lambda m: m.queue_delay <= 1``.
-    An undecided rate ends the search: the bracket then stays as wide as it is. ValueError for an impossible range.
+    An undecided rate ends the search, and so does a target that serves no more: the bracket then stays as wide as it
+    is. ValueError for an impossible range.
     """
     if not 0 < low < high < math.inf:
         raise ValueError(f"a knee search needs 0 < low < high requests/s, got low={low} and high={high}")
@@ -119,7 +120,12 @@ def find_knee(
 
     def outcome(rate: float) -> Outcome:
         measurement = arm(rate)
-        decided = stable(measurement).decide()
+        try:
+            decided = stable(measurement).decide()
+        except TargetRefused:
+            if not points:
+                raise
+            return "undecided"  # the target served for a while, then no more
         points.append(Point(rate, decided.outcome, decided.reason, measurement))
         return decided.outcome
 

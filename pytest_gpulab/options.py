@@ -20,6 +20,10 @@ EXCLUSIVE_TARGETS = ("vllm", "endpoint", "eks")
 """Targets on which two clients at once would measure one another."""
 
 
+CAMPAIGNS = {"quick": 6, "full": 12}
+"""Most repeats a gate may pull on a measured target."""
+
+
 class _Option(NamedTuple):
     default: str
     metavar: str
@@ -34,6 +38,12 @@ _OPTIONS = {
     "require": _Option("simulated", "BASIS", "weakest evidence that decides: simulated, emulated or measured"),
     "gate": _Option("", "FILE", "committed decision record to hold this session against; exits 10 on a loss"),
     "report-dir": _Option("reports", "DIR", "folder of the decision record"),
+    "campaign": _Option("full", "SIZE", "how much measured targets may spend: quick (6 repeats a gate) or full (12)"),
+    "runs": _Option("", "DIR", "folder of measured runs, which are not measured again (default: runs in report-dir)"),
+    "model-dir": _Option("", "DIR", "folder with a folder a model, for vllm; without weights in it: random ones"),
+    "endpoint": _Option("", "URL", "base of the OpenAI API, without /v1, for endpoint"),
+    "endpoint-serves": _Option("", "ARGS", "vLLM arguments the endpoint was started with: --model NAME ..."),
+    "endpoint-metrics": _Option("", "URL", "vLLM's metrics, where they are not at /metrics of the endpoint"),
 }
 
 
@@ -48,6 +58,13 @@ class Options:
     require: Basis
     gate: Path | None
     report_dir: Path
+    campaign: str
+    """quick or full on a measured target; empty where runs cost nothing."""
+    runs_dir: Path
+    model_dir: Path | None
+    endpoint: str
+    endpoint_serves: str
+    endpoint_metrics: str
     explicit: bool
     """At least one was given, on the command line or in the ini file."""
 
@@ -55,6 +72,7 @@ class Options:
         return (
             f"target {self.target}, accelerator {self.accelerator}, seeds from {self.first_seed}, "
             f"up to {self.max_repeats} repeats"
+            + (f", {self.campaign} campaign" if self.campaign else "")
             + (f", {self.require} evidence required" if self.require != "simulated" else "")
             + (f", gate {shown(self.gate)}" if self.gate else "")
         )
@@ -92,10 +110,14 @@ def resolve_options(config: pytest.Config) -> Options:
     """The options of this session. UsageError names the option, the value and what would be right."""
     target = _checked(config, "target", _known_target)
     most = _checked(config, "max-repeats", _look)
+    campaign = _checked(config, "campaign", _campaign)
+    has_campaigns = False
     if target != _OPTIONS["target"].default:
-        from pytest_gpulab.targets import find_target
+        from pytest_gpulab.targets import kind_of
 
-        most = min(most, find_target(target).max_repeats)
+        kind = kind_of(target)
+        has_campaigns = kind.has_campaigns
+        most = min(most, kind.max_repeats, CAMPAIGNS[campaign] if has_campaigns else most)
     options = Options(
         target=target,
         accelerator=_checked(config, "accelerator", _known_accelerator),
@@ -104,10 +126,28 @@ def resolve_options(config: pytest.Config) -> Options:
         require=_checked(config, "require", _basis),
         gate=_path(config, "gate") if _given(config, "gate") else None,
         report_dir=_path(config, "report-dir"),
+        campaign=campaign if has_campaigns else "",
+        runs_dir=_path(config, "runs") if _given(config, "runs") else _path(config, "report-dir") / "runs",
+        model_dir=_path(config, "model-dir") if _given(config, "model-dir") else None,
+        endpoint=_text(config, "endpoint"),
+        endpoint_serves=_text(config, "endpoint-serves"),
+        endpoint_metrics=_text(config, "endpoint-metrics"),
         explicit=any(_given(config, name) for name in _OPTIONS),
     )
     refuse_workers(target, config)
+    if has_campaigns:
+        _check_target(options)
     return options
+
+
+def _check_target(options: Options) -> None:
+    """UsageError when the target lacks an option."""
+    from pytest_gpulab.targets import find_target
+
+    try:
+        find_target(options.target, options)
+    except ValueError as wrong:
+        raise pytest.UsageError(f"--gpulab-target={options.target}: {wrong}") from None
 
 
 def refuse_workers(target: str, config: pytest.Config) -> None:
@@ -179,9 +219,9 @@ def _checked(config: pytest.Config, name: str, convert: Callable[[str], T]) -> T
 
 def _known_target(name: str) -> str:
     if name != _OPTIONS["target"].default:
-        from pytest_gpulab.targets import find_target
+        from pytest_gpulab.targets import kind_of
 
-        find_target(name)
+        kind_of(name)
     return name
 
 
@@ -198,6 +238,12 @@ def _look(text: str) -> int:
     if text not in looks:
         raise ValueError(f"must be a look of the rule ({', '.join(looks)}), got {text!r}")
     return int(text)
+
+
+def _campaign(text: str) -> str:
+    if text not in CAMPAIGNS:
+        raise ValueError(f"must be one of {', '.join(CAMPAIGNS)}, got {text!r}")
+    return text
 
 
 def _seed(text: str) -> int:

@@ -59,7 +59,7 @@ def looks_for(max_repeats: int, alternatives: int = 1) -> tuple[Look, ...]:
     """The looks up to `max_repeats`, strict enough that any of `alternatives` is wrongly believed as rarely as one.
 
     Fewer dissents are allowed, look by look, until the error level is split; a look that could not even allow
-    none is left out. ValueError when no look is left.
+    none is left out. With none left there is one that nothing passes: the repeats are seen and leave it undecided.
     """
     budget = error_probability(LOOKS) / alternatives
     looks: tuple[Look, ...] = ()
@@ -68,21 +68,19 @@ def looks_for(max_repeats: int, alternatives: int = 1) -> tuple[Look, ...]:
         fitting = next((look for look in allowed if error_probability((*looks, look)) <= budget), None)
         if repeats <= max_repeats and fitting is not None:
             looks = (*looks, fitting)
-    if not looks:
-        raise ValueError(
-            f"{alternatives} alternatives cannot be told apart in {max_repeats} repeats: "
-            "raise --gpulab-max-repeats or ask about fewer"
-        )
-    return looks
+    return looks or (Look(max_repeats, -1),)
 
 
-def decide(vote: Callable[[int], Vote], looks: tuple[Look, ...]) -> Result:
-    """Ask for votes 0, 1, 2, ... until a look decides.
+def decide(
+    vote: Callable[[int], Vote], looks: tuple[Look, ...], prepare: Callable[[int], None] = lambda repeats: None
+) -> Result:
+    """Ask for votes 0, 1, 2, ... until a look decides; `prepare` hears before each look how many it needs.
 
     The order of asking is fixed: what is already known or cached never changes which votes are looked at.
     """
     held = false = seen = 0
     for repeats, dissents in looks:
+        prepare(repeats)
         for index in range(seen, repeats):
             answer = vote(index)
             held += answer == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -155,6 +156,12 @@ def test_an_invalid_run_makes_its_gates_undecided() -> None:
     decided = (m.p95 <= 9.0).decide()
     assert decided.outcome == "undecided"
     assert "invalid evidence (seed 3): send lag p99 14 ms" in decided.reason
+
+
+def test_a_queue_that_no_server_showed_decides_nothing() -> None:
+    m = measure(run=lambda _, seed: replace(known_run(1.0, seed=seed), totals={}))
+    assert (m.queue_delay <= 1.0).decide().outcome == "undecided"
+    assert (m.queue_delay > 1.0).decide().outcome == "undecided"
 
 
 def test_a_percentile_of_too_few_requests_is_undecided() -> None:

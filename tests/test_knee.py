@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pytest_gpulab import find_knee
 from pytest_gpulab.experiment import Constant, Profile, Shape, Workload
-from pytest_gpulab.gates import Ledger, collecting
+from pytest_gpulab.gates import Ledger, TargetRefused, collecting
 from pytest_gpulab.knee import Knee
 from pytest_gpulab.lab import Lab
 from pytest_gpulab.run import Run
@@ -54,6 +54,32 @@ def test_the_bracket_holds_the_knee_and_is_as_narrow_as_asked(knee: float, resol
 def test_a_knee_outside_the_range_is_not_invented(knee: float, bracket: tuple[float, float]) -> None:
     found = search(KneeAt(knee))
     assert (found.stable_rate, found.unstable_rate) == bracket
+
+
+class Lent(KneeAt):
+    """A machine that is taken away after some runs."""
+
+    left = 0
+
+    def run(self, workload: Workload, profile: Profile, seed: int) -> Run:
+        if not self.left:
+            raise TargetRefused("the machine is gone")
+        self.left -= 1
+        return super().run(workload, profile, seed)
+
+
+@pytest.mark.parametrize(("runs", "bracket"), [(12, (0.5, 8.0)), (18, (2.0, 8.0)), (20, (2.0, 8.0))])
+def test_a_target_that_serves_no_more_leaves_the_bracket_as_it_is(runs: int, bracket: tuple[float, float]) -> None:
+    """The low and the high rate take 6 runs each, and so does the middle, 2 requests/s."""
+    target = Lent(3.0)
+    target.left = runs
+    found = search(target)
+    assert (found.stable_rate, found.unstable_rate) == bracket
+
+
+def test_a_target_that_serves_nothing_is_refused() -> None:
+    with pytest.raises(TargetRefused, match="the machine is gone"):
+        search(Lent(3.0))
 
 
 def test_an_undecided_rate_ends_the_search_with_a_wide_bracket() -> None:

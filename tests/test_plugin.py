@@ -113,12 +113,13 @@ def test_markers_are_registered(project: Project) -> None:
 # --- options --------------------------------------------------------------------------------------------------
 
 BAD_OPTIONS = {
-    "target": ("smi", "unknown target 'smi': did you mean 'sim'? known: sim"),
+    "target": ("smi", "unknown target 'smi': did you mean 'sim'? known: "),
     "accelerator": ("h20", "unknown accelerator 'h20': did you mean 'h200'?"),
     "max-repeats": ("7", "must be a look of the rule (6, 12, 18, 24), got '7'"),
     "seed": ("-1", "must be a whole number of at least 0, got '-1'"),
     "require": ("real", "must be one of simulated, emulated, measured, got 'real'"),
     "gate": ("absent.json", "cannot read"),
+    "campaign": ("long", "must be one of quick, full, got 'long'"),
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pytest_gpulab.rule import LOOKS, Look, decide, error_probability, interval_ranks, looks_for
+from pytest_gpulab.rule import LOOKS, Look, Vote, decide, error_probability, interval_ranks, looks_for
 
 COMPARISONS = 20_000
 REPEATS = LOOKS[-1].repeats
@@ -108,9 +108,12 @@ def test_the_error_level_is_split_between_alternatives(alternatives: int) -> Non
     assert alternatives * error_probability(looks) <= error_probability(LOOKS)
 
 
-def test_too_many_alternatives_for_the_repeats_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"100 alternatives cannot be told apart in 6 repeats: raise"):
-        looks_for(6, 100)
+@pytest.mark.parametrize("vote", [1, -1])
+def test_too_many_alternatives_for_the_repeats_stay_undecided(vote: Vote) -> None:
+    """The repeats are made all the same: they are evidence, and a longer session goes on from them."""
+    asked: list[int] = []
+    result = decide(lambda index: asked.append(index) or vote, looks_for(6, 3))
+    assert (result.outcome, result.repeats, asked) == ("undecided", 6, list(range(6)))
 
 
 @pytest.mark.parametrize(("repeats", "dissents"), LOOKS)

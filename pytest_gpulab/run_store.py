@@ -1,0 +1,142 @@
+"""Runs on disk: one file each, written as soon as it was measured, found again by what was measured.
+
+A machine may be lent for minutes or vanish: what it has measured is never measured twice, and a session elsewhere
+can decide on it without the machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+from zipfile import BadZipFile
+
+import numpy as np
+
+from pytest_gpulab.experiment import Profile, Workload
+from pytest_gpulab.run import Provenance, Run
+
+
+class Question(NamedTuple):
+    """What a Run answers."""
+
+    workload: Workload
+    profile: Profile
+    seed: int
+
+
+class RunStore:
+    """The runs in one folder, by question and server.
+
+    A file holds the request table, the server table and, as JSON, everything else. Files are found by the
+    definitions inside, so that a field added to a definition with its default does not lose them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """ValueError names a file in `folder` that is no run."""
+        self.folder = folder
+        self._paths: dict[Question, dict[str, Path]] = {}
+        for path in sorted(folder.glob("*.npz")):
+            self._remember(*_question_and_server(path), path)
+
+    def servers(self, question: Question) -> list[str]:
+        """Servers on which `question` was answered (`Provenance.server`), sorted."""
+        return sorted(self._paths.get(question, ()))
+
+    def load(self, question: Question, server: str) -> Run:
+        """The Run of `question` on `server`; KeyError when it was not measured."""
+        return _read(self._paths[question][server])
+
+    def save(self, question: Question, run: Run) -> Path:
+        """Write `run`, whole or not at all, replacing an earlier one; returns its file."""
+        server = run.provenance.server
+        path = self.folder / _file_name(question, server)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _replacing(path) as file:
+            np.savez_compressed(
+                file,
+                run=np.frombuffer(json.dumps(_plain(question, run)).encode(), dtype=np.uint8),
+                requests=run.requests,
+                server=run.server,
+            )
+        self._remember(question, server, path)
+        return path
+
+    def _remember(self, question: Question, server: str, path: Path) -> None:
+        self._paths.setdefault(question, {})[server] = path
+
+
+def _file_name(question: Question, server: str) -> str:
+    """Arm, server and seed: readable, and different for different ones."""
+    definitions = (question.workload.definition_hash, question.profile.definition_hash, server)
+    digest = hashlib.sha256("\n".join(definitions).encode()).hexdigest()[:12]
+    name = f"{question.profile.model}-{question.profile.accelerator}-{digest}-seed{question.seed}.npz"
+    return re.sub(r"[^\w.-]", "_", name)
+
+
+def _plain(question: Question, run: Run) -> dict[str, Any]:
+    return {
+        "workload": question.workload.model_dump(mode="json"),
+        "profile": question.profile.model_dump(mode="json"),
+        "provenance": asdict(run.provenance),
+        "totals": dict(run.totals),
+        "duration_s": run.duration_s,
+        "timeline": run.timeline,
+        "problems": run.problems,
+    }
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """Everything but the tables."""
+    with np.load(path) as file:
+        header: dict[str, Any] = json.loads(file["run"].tobytes())
+    return header
+
+
+def _question_and_server(path: Path) -> tuple[Question, str]:
+    """What a file answers, and where it was measured. ValueError names a file that is none of ours."""
+    try:
+        header = _header(path)
+        provenance = Provenance(**header["provenance"])
+        workload = Workload.model_validate(header["workload"])
+        profile = Profile.model_validate(header["profile"])
+    except (ValueError, KeyError, TypeError, EOFError, OSError, BadZipFile) as wrong:
+        raise ValueError(f"{path} holds no run ({wrong}); remove it or give another --gpulab-runs folder") from None
+    return Question(workload, profile, provenance.seed), provenance.server
+
+
+def _read(path: Path) -> Run:
+    header = _header(path)
+    with np.load(path) as file:
+        return Run(
+            requests=file["requests"],
+            server=file["server"],
+            totals=header["totals"],
+            duration_s=header["duration_s"],
+            provenance=Provenance(**header["provenance"]),
+            timeline=tuple((float(second), str(what)) for second, what in header["timeline"]),
+            problems=tuple(header["problems"]),
+        )
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the body ends, and leaves no trace when it fails."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

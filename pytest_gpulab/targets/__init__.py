@@ -1,0 +1,72 @@
+"""Targets: where a workload runs on a profile. One module each, imported when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_gpulab.errors import unknown_name
+from pytest_gpulab.gates import TargetRefused
+from pytest_gpulab.targets.base import MEASURED_REPEATS, Serving, Target
+
+if TYPE_CHECKING:
+    from pytest_gpulab.endpoint import Endpoint
+    from pytest_gpulab.experiment import Profile
+    from pytest_gpulab.options import Options
+    from pytest_gpulab.run import Basis
+
+__all__ = ["Kind", "Target", "find_target", "kind_of", "target_names"]
+
+
+class Kind(NamedTuple):
+    """What is known of a target before it is imported; its class stands in the module of its name."""
+
+    class_name: str
+    basis: Basis
+    max_repeats: int
+    """The most repeats a gate may pull: a look of the rule."""
+    has_campaigns: bool = False
+    """Whether runs take real time, so that a session spends no more of it than it was given."""
+
+
+_KINDS = {
+    "cluster": Kind("ClusterTarget", "emulated", MEASURED_REPEATS, has_campaigns=True),
+    "endpoint": Kind("EndpointTarget", "measured", MEASURED_REPEATS, has_campaigns=True),
+    "plan": Kind("Plan", "simulated", MEASURED_REPEATS, has_campaigns=True),
+    "sim": Kind("Sim", "simulated", 24),
+    "vllm": Kind("VllmTarget", "measured", MEASURED_REPEATS, has_campaigns=True),
+}
+
+
+def target_names() -> list[str]:
+    """The targets that exist, sorted."""
+    return sorted(_KINDS)
+
+
+def kind_of(name: str) -> Kind:
+    """What is known of the target called `name`; ValueError lists the known ones."""
+    if name not in _KINDS:
+        raise ValueError(unknown_name("target", name, _KINDS))
+    return _KINDS[name]
+
+
+def _no_cluster(profile: Profile) -> Endpoint:
+    raise TargetRefused("there is no cluster to serve on")
+
+
+def find_target(
+    name: str, options: Options, tell: Callable[[str], None] = lambda line: None, serving: Serving = _no_cluster
+) -> Target:
+    """The target called `name`, as `options` describe it.
+
+    Args:
+        tell: takes lines about what it does.
+        serving: has a profile served on the session's cluster.
+
+    Raises:
+        ValueError: an unknown name, or an option that the target needs.
+    """
+    module = import_module(f"pytest_gpulab.targets.{name}")
+    kind: type[Target] = getattr(module, kind_of(name).class_name)
+    return kind.from_options(options, tell, serving)

@@ -1,0 +1,56 @@
+"""What every target is to the Lab."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol, Self
+
+from pytest_gpulab.endpoint import Endpoint
+from pytest_gpulab.experiment import Profile, Workload
+from pytest_gpulab.run import Basis, Run
+
+if TYPE_CHECKING:
+    from pytest_gpulab.options import Options
+
+MEASURED_REPEATS = 12
+"""The most repeats of a gate on measured targets: their time costs money."""
+
+
+Serving = Callable[[Profile], Endpoint]
+"""Has a profile served on the session's cluster, or finds it served there already."""
+
+
+class Target(Protocol):
+    """Turns a workload, a profile and a seed into a Run."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def basis(self) -> Basis: ...
+
+    @property
+    def max_repeats(self) -> int:
+        """The most repeats a gate may pull: a look of the rule."""
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether an equal schedule gives an equal Run, so that a repeat with the same arrivals tells nothing."""
+
+    @classmethod
+    def from_options(cls, options: Options, tell: Callable[[str], None], serving: Serving) -> Self:
+        """The target as the session's options describe it; nothing is started.
+
+        `tell` takes lines for the user; `serving` is for targets on a cluster.
+
+        ValueError: an option that it needs is missing or wrong.
+        """
+
+    def server(self, profile: Profile) -> str:
+        """What would serve `profile` here, as in `Provenance.server`; empty when nothing here can."""
+
+    def run(self, workload: Workload, profile: Profile, seed: int) -> Run:
+        """One execution. TargetRefused when this target cannot serve `profile`."""
+
+    def close(self) -> None:
+        """End everything that `run` has started."""

@@ -1,0 +1,71 @@
+"""What measured targets share: the client's own limits are known before it measures anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_gpulab.endpoint import Endpoint
+from pytest_gpulab.experiment import Profile, Workload
+from pytest_gpulab.gates import TargetRefused
+from pytest_gpulab.run import Basis, Run
+
+if TYPE_CHECKING:
+    from pytest_gpulab.load import Headroom
+
+
+class Loading:
+    """Sends workloads; measures the client's headroom once, before the first.
+
+    Args:
+        interrupted_to: folder for what there was of a run that Ctrl-C ended.
+        tell: takes a line for the user.
+    """
+
+    def __init__(self, interrupted_to: Path, tell: Callable[[str], None]) -> None:
+        self._interrupted_to = interrupted_to
+        self._tell = tell
+
+    @cached_property
+    def headroom(self) -> Headroom:
+        """What this client can do on this machine, measured when it is first asked for: no server may be busy."""
+        from pytest_gpulab.load import measure_headroom
+
+        self._tell("measuring what this client can send and read")
+        found = measure_headroom()
+        self._tell(f"one process of this client reads {found.chunks_per_s:,.0f} tokens/s in time")
+        return found
+
+    def run(
+        self,
+        workload: Workload,
+        profile: Profile,
+        seed: int,
+        *,
+        endpoint: Endpoint,
+        target: str,
+        server: str,
+        basis: Basis = "measured",
+        relative_error: float = 0.0,
+    ) -> Run:
+        """A Run of `workload` on `endpoint`. TargetRefused when it is beyond what this client can do."""
+        from pytest_gpulab.load import run_load
+
+        try:
+            return run_load(
+                workload,
+                endpoint=endpoint,
+                profile=profile,
+                seed=seed,
+                target=target,
+                basis=basis,
+                server=server,
+                relative_error=relative_error,
+                progress=self._tell,
+                headroom=self.headroom,
+                interrupted_to=self._interrupted_to,
+            )
+        except ValueError as refusal:
+            raise TargetRefused(str(refusal)) from None

@@ -1,0 +1,100 @@
+"""What a session will measure is said before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pytest_gpulab.campaign import arrivals_s, estimate_s, forecast, time_text
+from pytest_gpulab.experiment import ClosedLoop, Constant, Profile, Shape, Workload
+from pytest_gpulab.run_store import Question, RunStore
+from tests.known import known_run
+
+SHAPE = Shape(prompt_tokens=512, output_tokens=128)
+
+STUDY = """
+import pytest
+from pytest_gpulab import Fleet, Poisson, Profile, Shape, Workload
+
+SERVED = Profile(model="qwen2.5-0.5b", accelerator="t4", engine_args={"max_model_len": 9216})
+TRAFFIC = Workload(arrivals=Poisson(rate=8), shape=Shape(prompt_tokens=512, output_tokens=128), duration_s=20)
+
+@pytest.mark.decision("limit", "One request at a time is slower")
+def test_limit(measure):
+    free, one = measure(TRAFFIC, SERVED), measure(TRAFFIC, SERVED.with_engine_args(max_num_seqs=1))
+    assert free.p95 <= 0.5 * one.p95
+
+@pytest.mark.decision("fleet", "What no single server can answer")
+def test_fleet(measure):
+    assert measure(TRAFFIC, SERVED.on(Fleet())).p95 <= 1
+"""
+SERVED = Profile(model="qwen2.5-0.5b", accelerator="t4", engine_args={"max_model_len": 9216})
+TRAFFIC = Workload.model_validate(
+    {"arrivals": {"kind": "poisson", "rate": 8}, "shape": SHAPE.model_dump(), "duration_s": 20}
+)
+
+
+@pytest.mark.parametrize(
+    ("workload", "seconds"),
+    [
+        (Workload(arrivals=Constant(rate=2.0), shape=SHAPE, duration_s=30), 30),
+        (Workload(arrivals=Constant(rate=2.0), shape=SHAPE, requests=30), 15),
+        (Workload.from_trace([(0.0, 5, 5), (12.5, 5, 5)]), 12.5),
+        (Workload(arrivals=ClosedLoop(concurrency=4), shape=SHAPE, requests=40), 50),
+    ],
+)
+def test_arrivals_take_their_time(workload: Workload, seconds: float) -> None:
+    assert arrivals_s(workload) == seconds
+
+
+def test_every_change_of_profile_starts_a_server() -> None:
+    one, other = Question(TRAFFIC, SERVED, 0), Question(TRAFFIC, SERVED.with_engine_args(max_num_seqs=1), 0)
+    assert estimate_s([one, one, other, one]) == 4 * 20 + 3 * 95
+    assert estimate_s([]) == 0
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(45.2, "45 s"), (3000, "50 min"), (12_000, "3 h 20 min")])
+def test_times_read_well(seconds: float, text: str) -> None:
+    assert time_text(seconds) == text
+
+
+@pytest.mark.slow
+def test_a_session_is_played_through_first(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two arms of six repeats of 20 s, three server starts; with two of the runs stored there are ten left."""
+    pytester.makepyfile(test_study=STUDY)
+    config = pytester.parseconfigure(
+        "--gpulab-target=vllm", "--gpulab-campaign=quick", f"--rootdir={pytester.path}", str(pytester.path)
+    )
+    store = RunStore(Path(pytester.path, "runs"))
+    assert forecast(config, store) == (
+        "the campaign is about 9 min, if the simulator is right about what its gates need: "
+        "12 runs, 0 are already measured"
+    )
+    for seed in (0, 1):
+        store.save(Question(TRAFFIC, SERVED, seed), known_run(1.0, seed=seed))
+    assert "10 runs, 2 are already measured" in forecast(config, store)
+    assert not Path(pytester.path, "reports").exists()
+
+
+def test_a_plan_that_fails_is_no_forecast(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pytest_gpulab.campaign.sys.executable", "false")
+    config = pytester.parseconfigure("--gpulab-target=vllm")
+    assert forecast(config, RunStore(pytester.path)).startswith("no forecast: ")
+
+
+@pytest.mark.parametrize("capture", ["fd", "sys", "no"])
+def test_lines_are_told_past_the_capturing(pytester: pytest.Pytester, capture: str) -> None:
+    pytester.makepyfile(
+        """
+        from pytest_gpulab.report.telling import teller
+
+        def test_it(pytestconfig, capfd):
+            print("hidden")
+            teller(pytestconfig)("starting vLLM")
+            assert capfd.readouterr().out == "hidden\\n"
+        """
+    )
+    result = pytester.runpytest_inprocess(f"--capture={capture}", "-p", "no:hypothesispytest")
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["gpulab: starting vLLM"])
