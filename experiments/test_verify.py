@@ -13,7 +13,7 @@ import urllib.request
 
 import pytest
 
-from pytest_gpulab import Profile
+from pytest_gpulab import Fleet, Profile
 
 pytestmark = pytest.mark.verify
 
@@ -43,10 +43,11 @@ def test_from_zero_to_an_answer_and_back(gpu_pool, serving, profile: Profile, cl
     from pytest_gpulab.render import serving_name
 
     seconds = {}
+    autoscaled = profile.on(Fleet())
     start = time.monotonic()
     assert gpu_capacity(gpu_pool.kube) == []
 
-    endpoint = serving(profile)
+    endpoint = serving(autoscaled)
     seconds["ready"] = time.monotonic() - start
     assert len(gpu_nodes(gpu_pool.kube)) == 1
 
@@ -68,7 +69,7 @@ def test_from_zero_to_an_answer_and_back(gpu_pool, serving, profile: Profile, cl
     assert [ask(endpoint, path)[0] for path in ("/metrics", "/health", "/tokenize", "/")] == [404] * 4
     seconds["answered"] = time.monotonic() - start
 
-    withdraw(gpu_pool, serving_name(profile))
+    withdraw(gpu_pool, serving_name(autoscaled))
     assert gpu_capacity(gpu_pool.kube) == []
     seconds["zero again"] = time.monotonic() - start
 

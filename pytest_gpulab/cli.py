@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_gpulab.aws.command import add_eks
+from pytest_gpulab.aws.command import add_eks, add_reap
 from pytest_gpulab.compare import add_compare
-from pytest_gpulab.kube.command import add_reap
 from pytest_gpulab.live.command import add_cluster
 from pytest_gpulab.serving.command import add_serve
 

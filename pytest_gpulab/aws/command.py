@@ -1,4 +1,4 @@
-"""`gpulab render` and `gpulab token`; boto3 is imported by the second only, when it runs."""
+"""`gpulab render`, `gpulab token` and `gpulab reap`; what they need is imported when they run."""
 
 from __future__ import annotations
 
@@ -31,6 +31,38 @@ def add_eks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     token.add_argument("--cluster", required=True, metavar="NAME", help="of the EKS cluster")
     token.add_argument("--region", required=True, help="such as us-west-2")
     token.set_defaults(run=_token)
+
+
+def add_reap(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "reap",
+        help="tear down what killed sessions left behind",
+        description="Tears down the embedded clusters, nodes and objects of every session that died before it could, "
+        "or with --cluster what one left in AWS. Sessions that are alive are left alone. Exits 1, with a list, when "
+        "something is left.",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--run", dest="id", metavar="ID", help="only this run (default: all)")
+    what.add_argument("--cluster", metavar="NAME", help="an EKS cluster, its run's objects, and all that costs there")
+    parser.add_argument("--region", help="of the cluster, where no ledger on this machine knows it")
+    parser.add_argument("--yes", action="store_true", help="remove what the cluster left (default: list it)")
+    parser.set_defaults(run=_reap)
+
+
+def _reap(options: argparse.Namespace) -> int:
+    if options.cluster is not None:
+        from pytest_gpulab.aws.reap import reap
+
+        return reap(options.cluster, options.region, act=options.yes)
+    from pytest_gpulab.aws.ledger import cluster_ledgers
+    from pytest_gpulab.kube.reap import reap_runs
+
+    status = reap_runs(options.id)
+    for ledger in cluster_ledgers() if options.id is None else ():
+        whose = "its session is alive" if ledger.owner_lives() else f"`gpulab reap --cluster {ledger.name}` shows it"
+        print(f"EKS cluster {ledger.name} has a ledger: {whose}")
+    return status
 
 
 def _render(options: argparse.Namespace) -> int:

@@ -34,6 +34,11 @@ class ClusterLedger(Ledger):
     """The ledger of one cluster; its folder holds the kubeconfig, in which there is no secret."""
 
     @property
+    def name(self) -> str:
+        """Of the cluster."""
+        return self.path.stem
+
+    @property
     def kubeconfig(self) -> Path:
         """The way in, once the cluster is there."""
         return self.folder / "kubeconfig"
@@ -46,6 +51,11 @@ class ClusterLedger(Ledger):
         """The cluster, if the session came that far."""
         found = next(iter(self._of("site")), None)
         return None if found is None else Site(**{key: value for key, value in found.items() if key != "entry"})
+
+
+def cluster_ledgers() -> list[ClusterLedger]:
+    """Of every cluster that may be there, by name."""
+    return [ClusterLedger(path) for path in sorted(clusters_folder().glob("*.jsonl"))]
 
 
 def open_ledger(site: Site) -> ClusterLedger:

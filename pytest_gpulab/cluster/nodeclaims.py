@@ -41,7 +41,7 @@ from pytest_gpulab.cluster.placement import tolerates
 from pytest_gpulab.cluster.provisioning import claim_options
 from pytest_gpulab.cluster.quantity import amounts, duration, texts
 from pytest_gpulab.cluster.recorder import Recorder
-from pytest_gpulab.cluster.resources import NODE, NODE_CLAIM, POD
+from pytest_gpulab.cluster.resources import NODE, NODE_CLAIM, POD, Resource
 from pytest_gpulab.cluster.scheduler import is_terminal, taints_of
 from pytest_gpulab.cluster.store import Store
 
@@ -227,9 +227,7 @@ class NodeClaims:
     def _release(self, claim: Object, node: Object | None) -> None:
         if node is not None:
             release(self._store, node)
-        current = self._store.find(NODE_CLAIM, name_of(claim))
-        if current is not None:
-            self._store.patch(NODE_CLAIM, name_of(claim), "", {"metadata": {"finalizers": None}})
+        _let_go(self._store, NODE_CLAIM, name_of(claim))
         self._launches.pop(uid_of(claim), None)
 
 
@@ -240,10 +238,16 @@ def release(store: Store, node: Object) -> None:
     """Remove a node whose machine is gone, finalizer or not."""
     if not is_deleting(node):
         store.delete(NODE, name_of(node))
-    current = store.find(NODE, name_of(node))
-    if current is not None:
-        kept = [item for item in current["metadata"].get("finalizers") or () if item != TERMINATION]
-        store.patch(NODE, name_of(node), "", {"metadata": {"finalizers": kept or None}})
+    _let_go(store, NODE, name_of(node))
+
+
+def _let_go(store: Store, resource: Resource, name: str) -> None:
+    """Remove Karpenter's finalizer; others' stay, and hold the object."""
+    current = store.find(resource, name)
+    finalizers = current["metadata"].get("finalizers") or () if current is not None else ()
+    if TERMINATION in finalizers:
+        kept = [item for item in finalizers if item != TERMINATION]
+        store.patch(resource, name, "", {"metadata": {"finalizers": kept or None}})
 
 
 def _force_in(claim: Object, now: float) -> float | None:

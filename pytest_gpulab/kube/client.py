@@ -62,6 +62,12 @@ class Kube:
         return str(self._api.configuration.host)
 
     @property
+    def ca(self) -> str | None:
+        """PEM file of the authority that signed for it; None: one that this machine trusts."""
+        found: str | None = self._api.configuration.ssl_ca_cert
+        return found
+
+    @property
     def headers(self) -> dict[str, str]:
         """What authorizes a request to it; short-lived on EKS."""
         settings = self._api.configuration.auth_settings().get("BearerToken")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
-
 from pytest_gpulab.kube.ledger import Ledger, ledgers
 from pytest_gpulab.kube.state import state_folder
 from pytest_gpulab.kube.teardown import tear_down
 
 
-def reap(options: argparse.Namespace) -> int:
+def reap_runs(run: str | None = None) -> int:
     """Tear down every dead run, or the one that is named. 0: nothing is left; 1: the list says what is."""
-    found = [ledger for ledger in ledgers(state_folder()) if options.id in (None, ledger.run)]
-    if options.id is not None and not found:
-        print(f"run {options.id} has left nothing")
+    found = [ledger for ledger in ledgers(state_folder()) if run in (None, ledger.run)]
+    if run is not None and not found:
+        print(f"run {run} has left nothing")
     left = [ledger.run for ledger in found if not _reap(ledger)]
-    if not found and options.id is None:
+    if not found and run is None:
         print("no run has left anything")
     return 1 if left else 0
 
