@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -135,21 +132,6 @@ class Record(_Part):
     def to_json(self) -> str:
         """Canonical text: keys in the order of the model, infinities as strings, one final newline."""
         return self.model_dump_json(indent=2) + "\n"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` whole, or leave it as it was. OSError when the folder cannot be written."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def schema_json() -> str:

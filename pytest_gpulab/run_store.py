@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
 
 from pytest_gpulab.experiment import Profile, Workload
+from pytest_gpulab.files import replacing
 from pytest_gpulab.run import Provenance, Run
 
 
@@ -59,7 +56,7 @@ class RunStore:
         server = run.provenance.server
         path = self.folder / _file_name(question, server)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _replacing(path) as file:
+        with replacing(path) as file:
             np.savez_compressed(
                 file,
                 run=np.frombuffer(json.dumps(_plain(question, run)).encode(), dtype=np.uint8),
@@ -124,19 +121,3 @@ def _read(path: Path) -> Run:
             timeline=tuple((float(second), str(what)) for second, what in header["timeline"]),
             problems=tuple(header["problems"]),
         )
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the body ends, and leaves no trace when it fails."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

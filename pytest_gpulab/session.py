@@ -220,7 +220,7 @@ class Session:
         return stopped if any(not outcome.done for outcome in self._outcomes.values()) else ""
 
     def _write(self, record: Record) -> None:
-        from pytest_gpulab.record import write_atomically
+        from pytest_gpulab.files import replacing
         from pytest_gpulab.report.markdown import to_markdown
 
         name = "decision-record.partial" if record.session.narrowed else "decision-record"
@@ -229,7 +229,8 @@ class Session:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for file, text in texts.items():
-                write_atomically(folder / file, text)
+                with replacing(folder / file) as out:
+                    out.write(text.encode())
         except OSError as wrong:
             self.failure = f"could not write {folder / name}.json: {wrong}"
         else:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pytest_gpulab.record import Record, schema_json, write_atomically
+from pytest_gpulab.record import Record, schema_json
 from tests.conftest import Project
 from tests.test_plugin import ALL, GOOD
 
@@ -176,20 +176,6 @@ def test_second_session_replaces_the_record_whole(project: Project) -> None:
         "decision-record.json",
         "decision-record.md",
     ]
-
-
-def test_write_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "record.json"
-    write_atomically(path, "before")
-
-    def interrupted(self: Path, target: Path) -> Path:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, "after")
-    assert path.read_text() == "before"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_folder_lost_during_the_session_is_reported(project: Project) -> None:
