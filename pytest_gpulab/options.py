@@ -44,7 +44,27 @@ _OPTIONS = {
     "endpoint": _Option("", "URL", "base of the OpenAI API, without /v1, for endpoint"),
     "endpoint-serves": _Option("", "ARGS", "vLLM arguments the endpoint was started with: --model NAME ..."),
     "endpoint-metrics": _Option("", "URL", "vLLM's metrics, where they are not at /metrics of the endpoint"),
+    "accounts": _Option("", "IDS", "AWS accounts in which eks may work, 12 digits each, with commas"),
+    "budget": _Option("", "USD", "the most that eks may spend; the session ends there"),
+    "certificate": _Option("", "ARN", "TLS certificate of a public load balancer for eks (default: an internal one)"),
+    "client-cidrs": _Option("", "CIDRS", "addresses that may reach what eks makes, such as 203.0.113.7/32"),
+    "cluster": _Option("", "NAME", "an EKS cluster to use and leave, for eks (default: make one and remove it)"),
+    "hours": _Option("4", "H", "the longest that eks may run"),
+    "region": _Option("us-west-2", "NAME", "AWS region of eks"),
 }
+
+
+@dataclass(frozen=True)
+class EksOptions:
+    """As they were given; the target reads them."""
+
+    accounts: str
+    budget: str
+    certificate: str
+    client_cidrs: str
+    cluster: str
+    hours: str
+    region: str
 
 
 @dataclass(frozen=True)
@@ -65,6 +85,7 @@ class Options:
     endpoint: str
     endpoint_serves: str
     endpoint_metrics: str
+    eks: EksOptions
     explicit: bool
     """At least one was given, on the command line or in the ini file."""
 
@@ -132,6 +153,15 @@ def resolve_options(config: pytest.Config) -> Options:
         endpoint=_text(config, "endpoint"),
         endpoint_serves=_text(config, "endpoint-serves"),
         endpoint_metrics=_text(config, "endpoint-metrics"),
+        eks=EksOptions(
+            accounts=_text(config, "accounts"),
+            budget=_text(config, "budget"),
+            certificate=_text(config, "certificate"),
+            client_cidrs=_text(config, "client-cidrs"),
+            cluster=_text(config, "cluster"),
+            hours=_text(config, "hours"),
+            region=_text(config, "region"),
+        ),
         explicit=any(_given(config, name) for name in _OPTIONS),
     )
     refuse_workers(target, config)

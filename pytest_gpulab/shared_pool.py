@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pytest_gpulab.kube.ledger import Ledger
     from pytest_gpulab.kube.objects import Object
     from pytest_gpulab.kube.pool import Pool
+
+EndRun: TypeAlias = "Callable[[Ledger], list[str]]"
 
 RUN_KEY = "gpulab_run"
 """Entry of xdist's workerinput: id of the run, and pid of its owner."""
@@ -39,6 +41,8 @@ class SharedPool:
         self.run, self._owner_pid = given or (_new_run(), os.getpid())
         self._path = ledger_path(self.run)
         self._heeds = False
+        self._end_run: EndRun = _tear_down
+        self._reason = ""
         self.problems: list[str] = []
         """What the teardown could not remove."""
 
@@ -47,12 +51,21 @@ class SharedPool:
         self._heed_sigterm()
         workerinput[RUN_KEY] = (self.run, self._owner_pid)
 
-    def obtain(self, objects: Iterable[Object], *, start: Callable[[Ledger], Kube], lock: Path) -> Pool:
+    def obtain(
+        self,
+        objects: Iterable[Object],
+        *,
+        start: Callable[[Ledger], Kube],
+        lock: Path,
+        end: EndRun | None = None,
+    ) -> Pool:
         """The pool with `objects`: brought up by the first who asks, joined by the others.
 
         Args:
+            objects: looked at when the cluster is there.
             start: connects the run to its cluster, which it may have to start.
             lock: a file that all processes of the session share.
+            end: removes the run, and what `start` made besides; what is left. None: there is nothing besides.
 
         Raises:
             KubeError: it could not be brought up, here or in the worker that tried.
@@ -64,11 +77,17 @@ class SharedPool:
         from pytest_gpulab.kube.process import Process
 
         self._heed_sigterm()
+        self._end_run = end or _tear_down
         with FileLock(lock):
             if self._path.exists():
                 return join(Ledger(self._path))
             ledger = Ledger.create(self._path, Process.of(self._owner_pid))
             return bring_up(ledger, start(ledger), objects)
+
+    def stop(self, reason: str) -> None:
+        """End the session in order, as SIGTERM does; for threads that find that it must not go on."""
+        self._reason = reason
+        os.kill(os.getpid(), signal.SIGTERM if self._heeds else signal.SIGINT)
 
     def finish(self, session: pytest.Session) -> Generator[None, Any, Any]:
         """Tear down after every other end of the session; what is left, GPU nodes above all, fails it."""
@@ -83,7 +102,10 @@ class SharedPool:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def summarize(self, reporter: pytest.TerminalReporter) -> None:
-        """Say what is left."""
+        """Say what ended the session, and what is left."""
+        if self._reason:
+            reporter.section("gpulab: the session was stopped", red=True)
+            reporter.line(self._reason)
         if self.problems:
             reporter.section("gpulab: the GPU pool was not torn down cleanly", red=True)
             for problem in self.problems:
@@ -93,11 +115,10 @@ class SharedPool:
 
     def _tear_down(self) -> None:
         from pytest_gpulab.kube.ledger import Ledger
-        from pytest_gpulab.kube.teardown import tear_down
 
         if self._heeds:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending already
-        self.problems = tear_down(Ledger(self._path)).problems
+        self.problems = self._end_run(Ledger(self._path))
 
     def _heed_sigterm(self) -> None:
         """Turn SIGTERM into an orderly end of the session while there is a pool; the owner hears it."""
@@ -108,7 +129,7 @@ class SharedPool:
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         if self._path.exists():
-            raise KeyboardInterrupt("SIGTERM")
+            raise KeyboardInterrupt(self._reason or "SIGTERM")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
@@ -121,6 +142,12 @@ POOL_KEY = pytest.StashKey[SharedPool]()
 def shared_pool_of(config: pytest.Config) -> SharedPool:
     """The session's pool; KeyError before pytest_configure."""
     return config.stash[POOL_KEY]
+
+
+def _tear_down(run: Ledger) -> list[str]:
+    from pytest_gpulab.kube.teardown import tear_down
+
+    return tear_down(run).problems
 
 
 def _new_run() -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 NodeClaim = Mapping[str, Any]
 PriceOf = Callable[[str, str], float]
@@ -51,6 +51,14 @@ class Machine:
         return {"provisioning": ready - self.launched, "ready": drain - ready, "draining": end - drain}
 
 
+class Bill(NamedTuple):
+    """What machines have cost in a while."""
+
+    gpu_seconds: float
+    """Of their GPUs, busy or not."""
+    usd: float
+
+
 class Meter:
     """Price times time since `started` (Unix seconds), held against a budget.
 
@@ -77,6 +85,13 @@ class Meter:
         launched = (machine for machine in self.machines.values() if machine.launched is not None)
         machines = sum(self._rate(machine) * machine.billed_s(now) for machine in launched)
         return (self._fixed * (now - self._started) + machines) / 3600
+
+    def bill(self, instance_type: str, since: float, until: float) -> Bill:
+        """What machines of a type, with one GPU each, have cost between two moments."""
+        own = [one for one in self.machines.values() if one.instance_type == instance_type]
+        billed = [(one, one.billed_s(until) - one.billed_s(since)) for one in own]
+        usd = sum(self._rate(machine) * seconds for machine, seconds in billed if seconds) / 3600
+        return Bill(sum(seconds for _, seconds in billed), usd)
 
     def exhausted_at(self, now: float) -> float:
         """When the budget is over if what runs now goes on, Unix seconds."""

@@ -43,15 +43,20 @@ class Guard:
             BudgetError: money or time is over: tear down.
             AwsError: the switch could not be moved.
         """
-        now = self.now()
-        labels = "gpulab.dev/pool" if self.site.adopted else ""
-        self.meter.observe(kube.list("karpenter.sh/v1", "NodeClaim", labels=labels), now)
+        now = self.observe(kube)
         self.meter.check(now)
         if now >= self.ends:
             raise BudgetError(f"the time of the run on {self.site.name} is over: it ends here")
         if not self.site.adopted:
             until = min(now + switch.GRACE_S, self.ends, self.meter.exhausted_at(now))
             switch.move(self.clients, self.site.name, max(until, now + _SOONEST_S))
+
+    def observe(self, kube: Kube) -> float:
+        """Note what runs; when that was."""
+        now = self.now()
+        labels = "gpulab.dev/pool" if self.site.adopted else ""
+        self.meter.observe(kube.list("karpenter.sh/v1", "NodeClaim", labels=labels), now)
+        return now
 
 
 def make_guard(clients: Clients, plan: Plan, started: float) -> Guard:

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
@@ -13,7 +14,7 @@ from kubernetes.client import ApiClient, Configuration
 from kubernetes.client.exceptions import ApiException
 from kubernetes.config import load_kube_config
 from kubernetes.dynamic import DynamicClient
-from kubernetes.dynamic.exceptions import ResourceNotFoundError
+from kubernetes.dynamic.resource import Resource
 from urllib3.exceptions import HTTPError, MaxRetryError
 
 from pytest_gpulab.kube.objects import Object, Ref
@@ -137,17 +138,37 @@ class Kube:
         self.close()
 
     def _kind(self, api_version: str, kind: str) -> Any:
-        if (api_version, kind) not in self._kinds:
-            try:
-                found = self._ask(
-                    f"discovery of {kind}", lambda: self._dynamic.resources.get(api_version=api_version, kind=kind)
-                )
-            except ResourceNotFoundError:
-                raise KubeError(
-                    f"{self.url} must serve kind {kind} of {api_version}, but does not: install what defines it"
-                ) from None
-            self._kinds[api_version, kind] = found
-        return self._kinds[api_version, kind]
+        key = (api_version, kind)
+        if key not in self._kinds:
+            with suppress(NotThere):  # not even the group
+                self._kinds |= self._ask(f"discovery of {kind}", lambda: self._discover(api_version))
+        if key not in self._kinds:
+            raise KubeError(
+                f"{self.url} must serve kind {kind} of {api_version}, but does not: install what defines it"
+            )
+        return self._kinds[key]
+
+    def _discover(self, api_version: str) -> dict[tuple[str, str], Resource]:
+        """All kinds of a group and version.
+
+        Not the client's own search: that takes a 503 for an empty answer, and a refresh that breaks off leaves it
+        unusable.
+        """
+        group, _, version = api_version.rpartition("/")
+        place = {
+            "prefix": "apis" if group else "api",
+            "group": group,
+            "api_version": version,
+            "client": self._dynamic,
+        }
+        answer = self._dynamic.request("GET", f"/{place['prefix']}/{api_version}", _request_timeout=_TIMEOUT_S)
+        return {
+            (api_version, entry["kind"]): Resource(
+                **place, **{key: entry[key] for key in ("kind", "name", "namespaced", "verbs")}
+            )
+            for entry in answer.to_dict()["resources"]
+            if "/" not in entry["name"]
+        }
 
     def _call(self, what: str, verb: Callable[..., Any], **arguments: Any) -> Object:
         answer: Object = self._ask(what, lambda: verb(**arguments, _request_timeout=_TIMEOUT_S).to_dict())

@@ -29,7 +29,7 @@ def start_cluster(ledger: Ledger, speed: float) -> Kube:
     Raises:
         KubeError: it ended, or its API did not answer within a minute; with what it wrote.
     """
-    kubeconfig, log = ledger.folder / "kubeconfig", ledger.folder / "cluster.log"
+    kubeconfig, log = ledger.folder / "kubeconfig", _log(ledger)
     ledger.cluster(kubeconfig, speed)
     process = _spawn(ledger, _command(kubeconfig, speed), log)
     deadline = time.monotonic() + START_S
@@ -38,6 +38,16 @@ def start_cluster(ledger: Ledger, speed: float) -> Kube:
             raise KubeError(f"the embedded cluster did not start within {START_S:g} s. It wrote: {_said(log)}")
         time.sleep(_POLL_S)
     return connect(kubeconfig, ledger.folder, speed=speed)
+
+
+def last_words(ledger: Ledger) -> str:
+    """What the run's cluster has written, which says why it ended; empty when it wrote nothing."""
+    log = _log(ledger)
+    return _said(log) if log.exists() else ""
+
+
+def _log(ledger: Ledger) -> Path:
+    return ledger.folder / "cluster.log"
 
 
 def _command(kubeconfig: Path, speed: float) -> list[str]:

@@ -29,6 +29,11 @@ ANSWER_S: Final = 600.0
 
 _ANSWER_TIMEOUT_S: Final = 10.0
 _AUTOSCALER: Final = "HorizontalPodAutoscaler"
+_USUAL: Final = (("http", 80), ("https", 443))
+
+
+class NoCapacity(WaitFailed):
+    """No pool could buy a machine."""
 
 
 def serve(pool: Pool, objects: Sequence[Object], model: str, *, replicas: int = 1) -> Endpoint:
@@ -42,11 +47,13 @@ def serve(pool: Pool, objects: Sequence[Object], model: str, *, replicas: int = 
             its autoscaler's business.
 
     Raises:
+        NoCapacity: EC2 had no machine for any pool.
         WaitFailed: a stage failed or took too long; it says which, and what was last said about the objects.
         KubeError: the API server refused an object.
     """
     kube = pool.kube
-    deployment, ingress = _of_kind(objects, "Deployment"), Ref.of(_of_kind(objects, "Ingress"))
+    deployment, way_in = _of_kind(objects, "Deployment"), _of_kind(objects, "Ingress")
+    ingress = Ref.of(way_in)
     name, namespace = Ref.of(deployment), deployment["metadata"]["namespace"]
     is_new = kube.get(name) is None
     old = frozenset(event["metadata"]["uid"] for event in _shortages(kube))
@@ -73,10 +80,11 @@ def serve(pool: Pool, objects: Sequence[Object], model: str, *, replicas: int = 
     )
     # Not before: it would see idle replicas next to those that are still loading, and take these away.
     apply(kube, pool.ledger, [obj for obj in objects if obj["kind"] == _AUTOSCALER])
+    listeners = _listeners(kube, way_in)
     url = wait(
         kube,
-        f"a public address of {ingress}",
-        lambda: _address(kube.get(ingress)),
+        f"an address of {ingress}",
+        lambda: _address(kube.get(ingress), listeners),
         deadline_s=ADDRESS_S,
         about=lambda: _existing(kube, ingress),
     )
@@ -105,22 +113,41 @@ def withdraw(pool: Pool, name: str) -> None:
     Raises:
         WaitFailed: something did not go; it names what.
     """
+    make_room(pool, name)
+    wait_for_zero(pool.kube)
+
+
+def make_room(pool: Pool, name: str) -> None:
+    """Take what is served under `name` away again; the machine may serve the next. Nothing if it is not served.
+
+    Raises:
+        WaitFailed: something did not go; it names what.
+    """
     ended = Teardown()
     remove(pool.kube, pool.run, [ref for ref in pool.ledger.refs() if ref.name == name], ended)
     if ended.problems:
         raise WaitFailed("; ".join(ended.problems))
-    wait_for_zero(pool.kube)
 
 
 def _wait_for_node(kube: Kube, run: str, pods: Callable[[], list[Object]], old: frozenset[str]) -> None:
-    wait(
-        kube,
-        "a GPU node that takes the pod",
-        lambda: any(is_true(pod, "PodScheduled") for pod in pods()),
-        deadline_s=NODE_S,
-        fails=lambda: _no_capacity(kube, run, old),
-        about=lambda: [*gpu_capacity(kube), *pods()],
-    )
+    short = None
+
+    def fails() -> str | None:
+        nonlocal short
+        short = _no_capacity(kube, run, old)
+        return short
+
+    try:
+        wait(
+            kube,
+            "a GPU node that takes the pod",
+            lambda: any(is_true(pod, "PodScheduled") for pod in pods()),
+            deadline_s=NODE_S,
+            fails=fails,
+            about=lambda: [*gpu_capacity(kube), *pods()],
+        )
+    except WaitFailed as failed:
+        raise (NoCapacity if short else WaitFailed)(str(failed)) from None
 
 
 def _no_capacity(kube: Kube, run: str, old: frozenset[str]) -> str | None:
@@ -148,15 +175,31 @@ def _of_pool(event: Object, pool: str) -> bool:
     return about.get("kind") == "NodeClaim" and str(about.get("name")).rpartition("-")[0] == pool
 
 
-def _address(ingress: Object | None) -> str:
-    """Base URL of the load balancer, empty before it has one. EKS names no ports: then it is 80."""
+def _address(ingress: Object | None, listeners: Sequence[Object] = ()) -> str:
+    """Base URL of the load balancer, empty before it has one.
+
+    The embedded cluster names the port, and speaks HTTP on it. EKS names none: the listeners of the Ingress's class
+    say what there is, without any it is HTTP on 80.
+    """
     status = (ingress or {}).get("status") or {}
     for entry in (status.get("loadBalancer") or {}).get("ingress") or ():
         host = entry.get("hostname") or entry.get("ip")
         ports = [port["port"] for port in entry.get("ports") or ()]
+        if host and ports:
+            return f"http://{host}:{ports[0]}"
         if host:
-            return f"http://{host}:{ports[0]}" if ports else f"http://{host}"
+            listener: Object = next(iter(listeners), {"port": 80, "protocol": "HTTP"})
+            scheme = listener["protocol"].lower()
+            port = "" if (scheme, listener["port"]) in _USUAL else f":{listener['port']}"
+            return f"{scheme}://{host}{port}"
     return ""
+
+
+def _listeners(kube: Kube, ingress: Object) -> list[Object]:
+    """Ports and protocols of the load balancer, as the parameters of the Ingress's class have them."""
+    params = kube.get(Ref("eks.amazonaws.com/v1", "IngressClassParams", ingress["spec"]["ingressClassName"]))
+    found: list[Object] = ((params or {}).get("spec") or {}).get("listeners") or []
+    return found
 
 
 def _metrics_url(kube: Kube, pod: Object) -> str:

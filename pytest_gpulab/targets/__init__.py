@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpulab.errors import unknown_name
 from pytest_gpulab.gates import TargetRefused
-from pytest_gpulab.targets.base import MEASURED_REPEATS, Serving, Target
+from pytest_gpulab.targets.base import MEASURED_REPEATS, Served, Serving, Target
 
 if TYPE_CHECKING:
-    from pytest_gpulab.endpoint import Endpoint
     from pytest_gpulab.experiment import Profile
     from pytest_gpulab.options import Options
     from pytest_gpulab.run import Basis
 
-__all__ = ["Kind", "Target", "find_target", "kind_of", "target_names"]
+__all__ = ["Kind", "Served", "Target", "find_target", "kind_of", "target_names"]
 
 
 class Kind(NamedTuple):
@@ -32,6 +31,7 @@ class Kind(NamedTuple):
 
 _KINDS = {
     "cluster": Kind("ClusterTarget", "emulated", MEASURED_REPEATS, has_campaigns=True),
+    "eks": Kind("EksTarget", "measured", MEASURED_REPEATS, has_campaigns=True),
     "endpoint": Kind("EndpointTarget", "measured", MEASURED_REPEATS, has_campaigns=True),
     "plan": Kind("Plan", "simulated", MEASURED_REPEATS, has_campaigns=True),
     "sim": Kind("Sim", "simulated", 24),
@@ -51,7 +51,7 @@ def kind_of(name: str) -> Kind:
     return _KINDS[name]
 
 
-def _no_cluster(profile: Profile) -> Endpoint:
+def _no_cluster(profile: Profile) -> Served:
     raise TargetRefused("there is no cluster to serve on")
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
+from pytest_gpulab.aws.billing import Bill
 from pytest_gpulab.endpoint import Endpoint
 from pytest_gpulab.experiment import Profile, Workload
 from pytest_gpulab.run import Basis, Run
@@ -16,7 +17,17 @@ MEASURED_REPEATS = 12
 """The most repeats of a gate on measured targets: their time costs money."""
 
 
-Serving = Callable[[Profile], Endpoint]
+class Served(NamedTuple):
+    """A profile that answers on the session's cluster."""
+
+    endpoint: Endpoint
+    bill: Callable[[float, float], Bill] | None = None
+    """What the cluster's GPU machines have cost between two moments (Unix seconds); None where nobody pays."""
+    prices: str = ""
+    """Of these machines, with their source and date."""
+
+
+Serving = Callable[[Profile], Served]
 """Has a profile served on the session's cluster, or finds it served there already."""
 
 

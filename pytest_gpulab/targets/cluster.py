@@ -56,7 +56,7 @@ class ClusterTarget:
             workload,
             profile,
             seed,
-            endpoint=self._serving(profile),
+            endpoint=self._serving(profile).endpoint,
             target=self.name,
             basis=self.basis,
             server=self.server(profile),

@@ -51,7 +51,7 @@ class Loading:
         relative_error: float = 0.0,
     ) -> Run:
         """A Run of `workload` on `endpoint`. TargetRefused when it is beyond what this client can do."""
-        from pytest_gpulab.load import run_load
+        from pytest_gpulab.load import BeyondHeadroom, run_load
 
         try:
             return run_load(
@@ -67,5 +67,5 @@ class Loading:
                 headroom=self.headroom,
                 interrupted_to=self._interrupted_to,
             )
-        except ValueError as refusal:
+        except BeyondHeadroom as refusal:
             raise TargetRefused(str(refusal)) from None

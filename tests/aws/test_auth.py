@@ -71,7 +71,7 @@ def test_other_calls_of_the_same_client_are_not_signed_for_a_cluster(clients):
     assert "x-k8s-aws-id" not in url
 
 
-def test_a_token_is_renewed_before_it_is_15_minutes_old(clients, monkeypatch):
+def test_a_token_is_good_for_long_whenever_it_is_asked_for(clients, monkeypatch):
     made: list[float] = []
     time = 0.0
     monkeypatch.setattr(auth, "make_token", lambda *_: made.append(time) or f"token {len(made)}")
@@ -81,8 +81,8 @@ def test_a_token_is_renewed_before_it_is_15_minutes_old(clients, monkeypatch):
         time = float(second)
         tokens.get()
         ages.append(time - made[-1])
-    assert max(ages) < 15 * 60 - 10
-    assert len(made) == 5  # an hour of 14 minutes each
+    assert max(ages) < 2 * 60
+    assert len(made) == 60  # not at every request
 
 
 def test_without_credentials_the_error_says_to_sign_in(monkeypatch):

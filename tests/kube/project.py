@@ -75,9 +75,9 @@ class Project:
             output = session.communicate(timeout=120)[0]
         return session.returncode, output
 
-    def reap(self) -> tuple[int, str]:
+    def reap(self, *options: str) -> tuple[int, str]:
         """`gpulab reap`: exit status and output."""
-        with self._popen([sys.executable, "-m", "pytest_gpulab", "reap"], {}) as command:
+        with self._popen([sys.executable, "-m", "pytest_gpulab", "reap", *options], {}) as command:
             output = command.communicate(timeout=120)[0]
         return command.returncode, output
 

@@ -10,6 +10,7 @@ from base64 import b64decode, b64encode
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 from pytest_gpulab.cluster.api.access import new_certificates
 from pytest_gpulab.kube.client import KubeError, NoAnswer, connect
@@ -84,6 +85,27 @@ def test_trouble_that_passes_is_not_seen(tmp_path: Path, monkeypatch: pytest.Mon
     with running(tmp_path) as cluster, connect(cluster.kubeconfig, tmp_path) as kube:
         kube.apply(config_map(k="1"))
         assert kube.get(CONFIG_MAP)["data"] == {"k": "1"}
+
+
+@pytest.mark.parametrize("status", [500, 503], ids=["500", "503"])
+def test_a_kind_is_not_missing_because_discovery_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """Every second question about a group fails, in every way the client asks it."""
+    asked = 0
+
+    def choose(request: web.Request, number: int) -> int | None:
+        nonlocal asked
+        if request.path.strip("/") not in ("api/v1", "apis"):
+            return None
+        asked += 1
+        return status if asked % 2 else None
+
+    trouble(monkeypatch, choose)
+    with running(tmp_path) as cluster, connect(cluster.kubeconfig, tmp_path) as kube:
+        assert kube.list("v1", "Node") == []
+        with pytest.raises(KubeError, match="must serve kind Nothing of none/v1, but does not"):
+            kube.list("none/v1", "Nothing")
 
 
 def test_discovery_is_kept_where_no_other_run_finds_it(

@@ -19,7 +19,7 @@ from pytest_gpulab.kube.client import KubeError, NoAnswer
 from pytest_gpulab.kube.ledger import Ledger
 from pytest_gpulab.kube.pool import Pool, bring_up, use_cluster
 from pytest_gpulab.kube.process import Process
-from pytest_gpulab.kube.serving import serve
+from pytest_gpulab.kube.serving import NoCapacity, serve
 from pytest_gpulab.kube.teardown import tear_down
 from pytest_gpulab.kube.wait import WaitFailed
 from pytest_gpulab.render import documents, pool_objects, serving_objects
@@ -40,11 +40,12 @@ def serve_profile(pool: Pool) -> Endpoint:
     return serve(pool, objects, PROFILE.model)
 
 
-def fails(pool: Pool) -> tuple[str, float]:
+def fails(pool: Pool, kind: type[WaitFailed] = WaitFailed) -> tuple[str, float]:
     """What serving says, and how many cluster seconds it took to say it."""
     start = time.monotonic()
     with pytest.raises(WaitFailed) as failure:
         serve_profile(pool)
+    assert failure.type is kind
     return str(failure.value), (time.monotonic() - start) * SPEED
 
 
@@ -129,7 +130,7 @@ def test_a_container_that_dies(raised: RaisePool, tmp_path: Path) -> None:
 def test_no_capacity_anywhere(raised: RaisePool, tmp_path: Path) -> None:
     with running(tmp_path, faults=Faults(shortages=(Shortage(),))) as cluster:
         pool = raised(cluster)
-        said, took_s = fails(pool)
+        said, took_s = fails(pool, NoCapacity)
         assert "insufficient capacity in every NodePool (gpu-on-demand, gpu-spot)" in said
         assert took_s < 300
         ends_at_zero(cluster, pool)
@@ -139,7 +140,7 @@ def test_a_shortage_that_is_over(raised: RaisePool, tmp_path: Path) -> None:
     """Events outlive what they say: a second attempt does not fail for the first one's reasons."""
     with running(tmp_path, faults=Faults(shortages=(Shortage(),))) as cluster:
         pool = raised(cluster)
-        assert "insufficient capacity" in fails(pool)[0]
+        assert "insufficient capacity" in fails(pool, NoCapacity)[0]
         cluster.live.embedded.cloud.faults = NO_FAULTS
         serve_profile(pool)
         ends_at_zero(cluster, pool)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 from pytest_gpulab.cli import main
 from pytest_gpulab.cluster.resources import INGRESS
@@ -26,7 +27,7 @@ from pytest_gpulab.kube.state import ledger_path
 from pytest_gpulab.kube.teardown import tear_down
 from pytest_gpulab.render import serving_objects
 from tests.kube.conftest import PROFILE
-from tests.kube.running import Running
+from tests.kube.running import Running, running, trouble
 
 DEAD = Process(1, 0.0)
 """No process ever started in 1970."""
@@ -90,6 +91,44 @@ def test_nodes_that_stay_are_named(
     assert ended.problems[0].startswith("waited for zero GPU nodes: not within 60 s. Node stuck")
     assert "Namespace gpulab" in ended.removed, "what can go goes"
     assert pool.ledger.path.exists(), "to be tried again"
+
+
+def test_what_is_refused_does_not_keep_the_rest(
+    raised: Callable[[Running], Pool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An account that may not delete Services: the machines, which cost money, go all the same."""
+
+    def refused(request: web.Request, number: int) -> int | None:
+        return 403 if request.method == "DELETE" and "/services/" in request.path else None
+
+    trouble(monkeypatch, refused)
+    with running(tmp_path) as cluster:
+        pool = raised(cluster)
+        serve(pool, serving_objects(PROFILE, FROM_ZERO, run=pool.run, api_key=pool.api_key), PROFILE.model)
+        assert cluster.machines()
+        ended = tear_down(pool.ledger)
+        services = [ref for ref in pool.ledger.refs() if ref.kind == "Service"]
+        assert services and len(ended.problems) == len(services)
+        for ref in services:
+            assert f"delete {ref}: refused with 403: injected 403" in ended.problems
+        assert cluster.machines() == cluster.capacity() == []
+        assert "NodePool gpu-spot" in ended.removed
+        assert pool.ledger.path.exists(), "to be tried again"
+
+
+def test_a_cluster_that_died_is_a_problem_with_its_last_words(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log goes with the run: nobody could read later why nothing answered."""
+    monkeypatch.setattr(
+        "pytest_gpulab.kube.embedded._command", lambda path, speed: ["/bin/sh", "-c", "echo out of memory; exit 3"]
+    )
+    with pytest.raises(teardown.KubeError):
+        start_cluster(ledger, 1.0)
+    ledger.object(Ref("v1", "Namespace", "gpulab"))
+    (problem,) = tear_down(ledger).problems
+    assert problem.startswith("the embedded cluster, process ") and problem.endswith("It wrote: out of memory")
+    assert not ledger.path.exists(), "there is nothing to try again"
 
 
 # --- gpulab reap

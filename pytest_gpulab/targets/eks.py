@@ -1,0 +1,154 @@
+"""The target `eks`: real vLLM on GPU machines of an EKS cluster, loaded through its load balancer."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from ipaddress import ip_network
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from pytest_gpulab.aws.preflight import Request
+from pytest_gpulab.aws.supply import Need
+from pytest_gpulab.experiment import Profile, Workload
+from pytest_gpulab.gates import TargetRefused
+from pytest_gpulab.render import PublicAccess, documents, instance_type_of
+from pytest_gpulab.run import Basis, Run
+from pytest_gpulab.targets.base import MEASURED_REPEATS, Serving
+from pytest_gpulab.targets.loading import Loading
+
+if TYPE_CHECKING:
+    from pytest_gpulab.options import EksOptions, Options
+
+_ACCOUNT = re.compile(r"\d{12}")
+
+
+class EksTarget:
+    """One replica at a time, on one machine, which the session's budget has been held against.
+
+    A run costs what the GPU machines cost from the moment it was asked for: a cold start that it brought about, the
+    time its answers took, and machines that idled or drained meanwhile.
+    """
+
+    name = "eks"
+    basis: Basis = "measured"
+    max_repeats = MEASURED_REPEATS
+    repeatable = False
+
+    def __init__(self, serving: Serving, region: str, log_dir: Path, tell: Callable[[str], None]) -> None:
+        self._serving = serving
+        self._region = region
+        self._loading = Loading(log_dir / "interrupted", tell)
+
+    @classmethod
+    def from_options(cls, options: Options, tell: Callable[[str], None], serving: Serving) -> Self:
+        read_request(options.eks, run="", need=None)
+        read_public(options.eks)
+        return cls(serving, options.eks.region, options.report_dir / cls.name, tell)
+
+    def server(self, profile: Profile) -> str:
+        """vLLM's version, the machine and its region, and where the load came from."""
+        if profile.fleet is not None:
+            return ""
+        machine = instance_type_of(profile)
+        return f"vllm {_vllm_version()} on {machine}, EKS in {self._region}, loaded from the client machine"
+
+    def run(self, workload: Workload, profile: Profile, seed: int) -> Run:
+        """Have the profile served, and load it. TargetRefused for a fleet, and where AWS has no such machine."""
+        if profile.fleet is not None:
+            raise TargetRefused("the target eks serves one replica at a time; a fleet is a question for sim")
+        self._loading.headroom  # noqa: B018 (measured before there is a machine that costs)
+        asked = time.time()
+        served = self._serving(profile)
+        ready = time.time()
+        run = self._loading.run(
+            workload,
+            profile,
+            seed,
+            endpoint=served.endpoint,
+            target=self.name,
+            basis=self.basis,
+            server=self.server(profile),
+        )
+        before = (asked - ready, f"asked for; served after {ready - asked:.0f} s")
+        if served.bill is None:
+            return replace(run, timeline=(before, *run.timeline))
+        bill = served.bill(asked, time.time())
+        return replace(
+            run,
+            totals={**run.totals, "gpu_seconds": bill.gpu_seconds, "cost_usd": bill.usd},
+            timeline=(before, (0.0, f"prices: {served.prices}"), *run.timeline),
+        )
+
+    def close(self) -> None:
+        """The session's pool ends what it has started."""
+
+
+def read_request(given: EksOptions, *, run: str, need: Need | None) -> Request:
+    """What preflight is asked for. ValueError: an option is missing or wrong; it says which and why.
+
+    Args:
+        run: the run's id, from which a cluster of its own has its name.
+    """
+    for option, value in (("accounts", given.accounts), ("budget", given.budget)):
+        if not value:
+            raise ValueError(f"the target eks needs --gpulab-{option}: it spends somebody's money")
+    if not given.cluster and not (given.client_cidrs and given.certificate):
+        raise ValueError(
+            "the target eks makes a network of its own, which this machine reaches through a public load balancer "
+            "only: give --gpulab-client-cidrs and --gpulab-certificate, or a --gpulab-cluster whose network it is in"
+        )
+    accounts = _words(given.accounts)
+    if wrong := [account for account in accounts if not _ACCOUNT.fullmatch(account)]:
+        raise ValueError(f"--gpulab-accounts must be numbers of 12 digits, got {', '.join(wrong)}")
+    return Request(
+        name=given.cluster or f"gpulab-{run}",
+        run=run,
+        region=given.region,
+        needs=(need,) if need else (),
+        hours=_above_zero("hours", given.hours),
+        budget_usd=_above_zero("budget", given.budget),
+        allowed_accounts=frozenset(accounts),
+        client_cidrs=_cidrs(given.client_cidrs),
+        adopt=bool(given.cluster),
+    )
+
+
+def read_public(given: EksOptions) -> PublicAccess | None:
+    """How the internet may reach the load balancer; None: not at all. ValueError: a certificate without addresses."""
+    if not given.certificate:
+        return None
+    if not given.client_cidrs:
+        raise ValueError("--gpulab-certificate needs --gpulab-client-cidrs: a public load balancer is not for all")
+    return PublicAccess(given.certificate, _cidrs(given.client_cidrs))
+
+
+def _vllm_version() -> str:
+    """Of the image that the manifest names."""
+    (deployment,) = (obj for obj in documents("vllm") if obj["kind"] == "Deployment")
+    image = str(deployment["spec"]["template"]["spec"]["containers"][0]["image"])
+    return image.partition("@")[0].rpartition(":v")[2]
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _cidrs(text: str) -> tuple[str, ...]:
+    words = _words(text)
+    try:
+        return tuple(str(ip_network(word)) for word in words)
+    except ValueError as wrong:
+        raise ValueError(f"--gpulab-client-cidrs must be such as 203.0.113.7/32: {wrong}") from None
+
+
+def _above_zero(option: str, text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise ValueError(f"--gpulab-{option} must be a number above 0, got {text!r}")
+    return number

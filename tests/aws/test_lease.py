@@ -1,0 +1,145 @@
+"""What a lease refuses, what it bills, and when it gives up."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pytest_gpulab import ClosedLoop, Profile, Shape, Workload
+from pytest_gpulab.aws import lease as lease_module
+from pytest_gpulab.aws.billing import Bill, BudgetError
+from pytest_gpulab.aws.errors import AwsError
+from pytest_gpulab.aws.lease import Lease
+from pytest_gpulab.aws.preflight import preflight
+from pytest_gpulab.aws.supply import Need
+from pytest_gpulab.endpoint import Endpoint
+from pytest_gpulab.figures import cost_usd, gpu_seconds
+from pytest_gpulab.fleet import FROM_ZERO
+from pytest_gpulab.gates import TargetRefused
+from pytest_gpulab.run import REQUEST_DTYPE, SERVER_DTYPE, Provenance, Run
+from pytest_gpulab.targets.base import Served
+from pytest_gpulab.targets.eks import EksTarget
+from tests.aws.test_billing import START, claim, meter
+from tests.aws.test_preflight import World, request
+
+T4 = Profile(model="qwen2.5-0.5b", accelerator="t4")
+FEW = Workload(arrivals=ClosedLoop(concurrency=1), shape=Shape(prompt_tokens=8, output_tokens=8), requests=4)
+
+
+def made(need: str = "g4dn.xlarge", stop: Callable[[str], None] = print) -> Lease:
+    world = World()
+    return Lease(world, preflight(world, request(Need(need, 1))), tell=print, stop=stop)
+
+
+def test_machines_that_are_not_the_sessions_are_refused_with_the_reason():
+    one = made()
+    assert one.refusal("g4dn.xlarge") == ""
+    assert "EC2 offers it in us-west-2a, but the cluster is in us-west-2b" in one.refusal("p5.4xlarge")
+    assert one.refusal("p6-b200.48xlarge").endswith("EC2 offers it in no zone of us-west-2")
+
+
+def test_a_machine_that_cannot_be_had_is_refused_in_awss_words():
+    assert "Running On-Demand P instances" in made("p5.4xlarge").refusal("p5.4xlarge")
+
+
+def test_a_bill_is_what_machines_cost_between_two_moments():
+    """At 3.6 USD an hour a second costs 0.001 USD."""
+    one = meter()
+    one.observe([claim("a", 100, 300), claim("b", 900)], START + 1000)
+    one.observe([claim("b", 900)], START + 1100)
+    assert one.bill("g4dn.xlarge", START, START + 1000) == pytest.approx((1000.0, 1.0))
+    assert one.bill("g4dn.xlarge", START + 1000, START + 1200) == pytest.approx((300.0, 0.3))
+    assert one.bill("g6.xlarge", START, START + 1000) == (0.0, 0.0)
+
+
+class Heart:
+    """A guard whose heartbeats go as told, and that then beats for ever."""
+
+    def __init__(self, *beats: Exception | None) -> None:
+        self.left = list(beats)
+        self.done = threading.Event()
+
+    def heartbeat(self, kube: Any) -> None:
+        if not self.left:
+            self.done.set()
+            return
+        beat = self.left.pop(0)
+        if beat is not None:
+            raise beat
+
+
+NO = AwsError("no network")
+
+
+@pytest.mark.parametrize(
+    ("beats", "reason"),
+    [
+        ((NO, NO, NO), "3 heartbeats in a row have failed, the last one so: no network"),
+        ((None, BudgetError("enough")), "enough"),
+        ((KeyError("a bug"),), "the guard broke: KeyError('a bug')"),
+    ],
+)
+def test_a_guard_that_cannot_guard_ends_the_session(beats: Any, reason: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lease_module, "BEAT_S", 0.0)
+    reasons: list[str] = []
+    made(stop=reasons.append)._keep(Heart(*beats), None)
+    assert reasons == [reason]
+
+
+def test_a_heartbeat_may_fail_now_and_then(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lease_module, "BEAT_S", 0.0)
+    reasons: list[str] = []
+    one, heart = made(stop=reasons.append), Heart(NO, NO, None, NO, NO, None)
+    thread = threading.Thread(target=one._keep, args=(heart, None))
+    thread.start()
+    assert heart.done.wait(10)
+    one._over.set()
+    thread.join(10)
+    assert reasons == [] and not thread.is_alive()
+
+
+def empty_run(*_: Any, **__: Any) -> Run:
+    provenance = Provenance("eks", "measured", 0, "hash", "vllm")
+    return Run(np.zeros(0, REQUEST_DTYPE), np.zeros(0, SERVER_DTYPE), {}, 10.0, provenance, ((1.0, "first"),))
+
+
+def test_a_run_costs_what_the_machines_cost_from_the_moment_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    moments: list[tuple[float, float]] = []
+
+    def bill(since: float, until: float) -> Bill:
+        moments.append((since, until))
+        return Bill(720.0, 0.12)
+
+    asked = iter([1000.0, 1600.0, 1610.0])
+    monkeypatch.setattr("pytest_gpulab.targets.eks.time", SimpleNamespace(time=lambda: next(asked)))
+    target = EksTarget(
+        lambda _: Served(Endpoint("http://lb", "m"), bill, "spot 0.6 USD/h (2026-11-24)"),
+        "us-west-2",
+        tmp_path,
+        print,
+    )
+    monkeypatch.setattr(target, "_loading", SimpleNamespace(headroom=None, run=empty_run))
+    run = target.run(FEW, T4, 0)
+    assert moments == [(1000.0, 1610.0)]
+    assert (gpu_seconds(run), cost_usd(run, 99.0)) == (720.0, 0.12)
+    assert run.timeline == (
+        (-600.0, "asked for; served after 600 s"),
+        (0.0, "prices: spot 0.6 USD/h (2026-11-24)"),
+        (1.0, "first"),
+    )
+
+
+def test_a_fleet_is_refused(tmp_path: Path):
+    target = EksTarget(lambda _: Served(Endpoint("http://lb", "m")), "us-west-2", tmp_path, print)
+    fleet = T4.on(FROM_ZERO)
+    assert target.server(fleet) == ""
+    with pytest.raises(TargetRefused, match="one replica at a time"):
+        target.run(FEW, fleet, 0)
