@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
+from pytest_gpulab.errors import in_one_line
 from pytest_gpulab.record import Record, Verdict
 
 GOOD: tuple[Verdict, ...] = ("supported", "caveated")
@@ -38,19 +39,22 @@ class Change(NamedTuple):
         return "improved" if self.after in GOOD and self.before != "supported" else "changed"
 
 
-def load_baseline(path: Path, target: str, accelerator: str) -> Record:
-    """The record at `path`. ValueError says what must hold when it is unreadable, invalid or of another setup."""
+def read_record(path: Path) -> Record:
+    """The record at `path`. ValueError says what must hold when it is unreadable or invalid."""
     try:
-        record = Record.model_validate_json(path.read_bytes())
+        return Record.model_validate_json(path.read_bytes())
     except OSError as wrong:
         raise ValueError(f"cannot read {path}: {wrong.strerror or wrong}; name a committed decision record") from None
     except ValidationError as wrong:
-        first = wrong.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "the file"
         raise ValueError(
-            f"{path} is no decision record of this version: {field}: {first['msg']}; write one with "
+            f"{path} is no decision record of this version: {in_one_line(wrong)}; write one with "
             "--gpulab-report-dir and commit its decision-record.json"
         ) from None
+
+
+def load_baseline(path: Path, target: str, accelerator: str) -> Record:
+    """The record at `path`. ValueError says what must hold when it is unreadable, invalid or of another setup."""
+    record = read_record(path)
     if record.session.narrowed:
         raise ValueError(
             f"{path} is the record of a session that did not run the whole catalog ({record.session.narrowed}): a "

@@ -62,6 +62,10 @@ def forecast(config: pytest.Config, store: RunStore) -> str:
         return "no forecast: the simulator could not play the session through"
     planned = list(chain.from_iterable(map(_questions, records)))
     missing = [question for question in planned if not store.servers(question)]
+    if not missing:
+        return (
+            f"all {len(planned)} runs that the gates need are already measured, if the simulator is right about them"
+        )
     return (
         f"the campaign is about {time_text(estimate_s(missing))}, if the simulator is right about what its gates "
         f"need: {len(missing)} runs, {len(planned) - len(missing)} are already measured"

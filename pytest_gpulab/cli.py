@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pytest_gpulab.aws.command import add_eks, add_reap
 from pytest_gpulab.compare import add_compare
+from pytest_gpulab.errors import in_one_line
 from pytest_gpulab.live.command import add_cluster
 from pytest_gpulab.serving.command import add_serve
 
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(options)
     except (ValueError, ImportError, OSError) as refusal:
-        print(f"gpulab {options.command}: {refusal}", file=sys.stderr)
+        print(f"gpulab {options.command}: {in_one_line(refusal)}", file=sys.stderr)
         return 2
 
 

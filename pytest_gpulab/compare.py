@@ -27,9 +27,15 @@ def add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pytest_gpulab.record import Record
+    from pytest_gpulab.baseline import read_record
 
-    table = predictions(Record.model_validate_json(options.record.read_bytes()))
+    record = read_record(options.record)
+    if not any(_measured(record)):
+        raise ValueError(
+            f"{options.record} must hold a measured arm to compare with, it has none; name the record of a "
+            "session on vllm, endpoint or eks"
+        )
+    table = predictions(record)
     if options.output is None:
         print(table, end="")
     else:
@@ -95,7 +101,7 @@ def _text(figure: Figure) -> str:
 
 def _error(measured: Figure, predicted: Figure) -> str:
     """The prediction's relative error; of a ratio the difference in percentage points."""
-    if measured.unit == "ratio":
+    if measured.unit == "ratio" and not math.isnan(predicted.value - measured.value):
         return f"{100 * (predicted.value - measured.value):+.1f} points"
     if not (math.isfinite(measured.value) and math.isfinite(predicted.value) and measured.value):
         return "none" if measured.value == predicted.value else "–"

@@ -12,3 +12,15 @@ def unknown_name(what: str, got: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(got, names, n=1)
     guess = f"did you mean {near[0]!r}? " if near else ""
     return f"unknown {what} {got!r}: {guess}known: {', '.join(names)}"
+
+
+def in_one_line(refusal: Exception) -> str:
+    """The words of `refusal`; of pydantic's many lines the first field, why, and how many more there are."""
+    from pydantic import ValidationError
+
+    if not isinstance(refusal, ValidationError):
+        return str(refusal)
+    first, *more = refusal.errors()
+    field = ".".join(map(str, first["loc"]))
+    reason = first["msg"].removeprefix("Value error, ")
+    return (f"{field}: " if field else "") + reason + (f" (and {len(more)} more)" if more else "")

@@ -81,17 +81,15 @@ def useful_requests(run: Run, slo: dict[Interval, float]) -> int:
 def mean_queue_delay(run: Run) -> float:
     """Seconds from QUEUED to first SCHEDULED in the server, mean over requests, from vLLM's own sum and count.
 
-    NaN, which decides nothing, where the server showed no metrics.
+    NaN, which decides nothing, where the server showed no metrics or scheduled nothing.
     """
     count = run.totals.get("request_queue_time_seconds_count")
-    if count is None:
-        return math.nan
-    return run.totals["request_queue_time_seconds_sum"] / count if count else 0.0
+    return run.totals["request_queue_time_seconds_sum"] / count if count else math.nan
 
 
 def highest(run: Run, gauge: str) -> float:
-    """The highest sample of a server gauge; 0 where none was taken."""
-    return float(run.server[gauge].max()) if len(run.server) else 0.0
+    """The highest sample of a server gauge; NaN where none was taken."""
+    return float(run.server[gauge].max()) if len(run.server) else math.nan
 
 
 # --- what it cost ---------------------------------------------------------------------------------------------
@@ -116,8 +114,11 @@ def cost_per_useful_request(run: Run, price_usd_per_hour: float, slo: dict[Inter
 
 
 def gpu_utilization(run: Run) -> float:
-    """Share of the billed accelerator time in which a request ran; 0 where nothing was billed."""
-    busy = run.totals.get("gpu_busy_seconds", float((run.server["num_requests_running"] > 0).sum()))
+    """Share of the billed accelerator time in which a request ran; 0 where nothing was billed, NaN where the server
+    showed no metrics.
+    """
+    sampled = float((run.server["num_requests_running"] > 0).sum()) if len(run.server) else math.nan
+    busy = run.totals.get("gpu_busy_seconds", sampled)
     billed = gpu_seconds(run)
     return busy / billed if billed else 0.0
 

@@ -57,6 +57,9 @@ class Lab:
         `admission` replaces the workload's own policy. `label` names the arm in reports. Within one test, equal
         definitions are one arm: the first label stays.
         """
+        if not (isinstance(workload, Workload) and isinstance(profile, Profile)):
+            got = f"{type(workload).__name__} and {type(profile).__name__}"
+            raise TypeError(f"measure must be given a Workload and a Profile, in this order, got {got}")
         if admission is not None:
             workload = workload.model_copy(update={"admission": admission})
         require_servable(workload, profile)
@@ -90,9 +93,19 @@ class Lab:
         for arm, repeat in planned:
             try:
                 arm.run(repeat)
-            except TargetRefused:
+            except TargetRefused as refusal:
                 if arm in measurements:
-                    raise
+                    raise self._explained(refusal, arm, [run for run in planned if run[0] in measurements]) from None
+
+    def _explained(self, refusal: TargetRefused, arm: Measurement, runs: Sequence[Repeat]) -> TargetRefused:
+        """`refusal` with how many of `runs` are still to be measured, where it is for want of a server here.
+
+        A fleet is refused for what it is, and a server that did not start has been found.
+        """
+        if self._store is None or arm.profile.fleet is not None or self.target.server(arm.profile):
+            return refusal
+        missing = sum(not self._store.servers(self._question(*run)) for run in runs)
+        return TargetRefused(f"not measured yet: {missing} runs missing; {refusal}") if missing else refusal
 
     def available(self, measurement: Measurement) -> int:
         """How many repeats of `measurement`, from the first on, are there without running anything."""
@@ -114,20 +127,23 @@ class Lab:
         """Whether the Run is remembered, which it is from now on when it is stored."""
         key = self._key(measurement, repeat)
         if key not in self._runs:
-            stored = self._stored(self._question(measurement, repeat))
+            stored = self._stored(measurement, repeat)
             if stored is not None:
                 self._runs[key] = stored
         return key in self._runs
 
-    def _stored(self, question: Question) -> Run | None:
+    def _stored(self, measurement: Measurement, repeat: int) -> Run | None:
         """The stored Run of the server that would serve here, when it is valid evidence.
 
-        Where nothing here can serve, what was measured elsewhere counts as it is, if it was one server.
+        Where nothing here can serve, what was measured elsewhere counts as it is, if all repeats had one server.
         """
-        servers = self._store.servers(question) if self._store is not None else []
-        if self._store is None or not servers:
+        question = self._question(measurement, repeat)
+        if self._store is None or not self._store.servers(question):
             return None
         here = self.target.server(question.profile)
+        repeats = (repeat,) if here else range(self.max_repeats)
+        asked = (self._question(measurement, other) for other in repeats)
+        servers = sorted({server for other in asked for server in self._store.servers(other)})
         if here:
             run = self._store.load(question, here) if here in servers else None
             return run if run is not None and not run.problems else None

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_gpulab import figures
 from pytest_gpulab.definition import Definition
+from pytest_gpulab.errors import unknown_name
 from pytest_gpulab.evidence import Estimate
 from pytest_gpulab.experiment import Direct, Profile, Workload
 from pytest_gpulab.gates import Ledger
 from pytest_gpulab.record import RunSummary
 from pytest_gpulab.run import Run
-from pytest_gpulab.timeline import Stage
+from pytest_gpulab.timeline import STAGES, Stage
 
 if TYPE_CHECKING:
     from pytest_gpulab.lab import Lab
@@ -133,7 +135,7 @@ class Measurement:
     def preemptions(self) -> Estimate:
         """How often the server preempted a request."""
         return self.figure(
-            "preemptions", "requests", lambda run: run.totals.get("num_preemptions_total", 0.0), timed=False
+            "preemptions", "requests", lambda run: run.totals.get("num_preemptions_total", math.nan), timed=False
         )
 
     def goodput(
@@ -190,11 +192,15 @@ class Measurement:
 
     def replicas_ready(self, replicas: int) -> Estimate:
         """Seconds after the run's start at which so many replicas were first Ready together; inf: never."""
+        if replicas < 1:
+            raise ValueError(f"replicas_ready must be asked for 1 replica or more, got {replicas}")
         label = "first replica ready" if replicas == 1 else f"{replicas} replicas ready"
         return self.figure(label, "s", lambda run: figures.replicas_ready(run, replicas), timed=False)
 
     def reached(self, stage: Stage) -> Estimate:
         """Seconds after the run's start at which its first cold start had reached `stage`; inf: never."""
+        if stage not in STAGES:
+            raise ValueError(unknown_name("stage of a cold start", stage, STAGES))
         return self.figure(f"{stage} reached", "s", lambda run: figures.reached(run, stage), timed=False)
 
     def _gauge(self, gauge: str, label: str, unit: str) -> Estimate:

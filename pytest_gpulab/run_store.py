@@ -12,7 +12,6 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -48,7 +47,7 @@ class RunStore:
         return sorted(self._paths.get(question, ()))
 
     def load(self, question: Question, server: str) -> Run:
-        """The Run of `question` on `server`; KeyError when it was not measured."""
+        """The Run of `question` on `server`; KeyError when it was not measured, ValueError names a damaged file."""
         return _read(self._paths[question][server])
 
     def save(self, question: Question, run: Run) -> Path:
@@ -104,20 +103,28 @@ def _question_and_server(path: Path) -> tuple[Question, str]:
         provenance = Provenance(**header["provenance"])
         workload = Workload.model_validate(header["workload"])
         profile = Profile.model_validate(header["profile"])
-    except (ValueError, KeyError, TypeError, EOFError, OSError, BadZipFile) as wrong:
-        raise ValueError(f"{path} holds no run ({wrong}); remove it or give another --gpulab-runs folder") from None
+    except Exception as wrong:  # numpy raises whatever the damaged place leads to
+        raise _no_run(path, wrong) from None
     return Question(workload, profile, provenance.seed), provenance.server
 
 
 def _read(path: Path) -> Run:
-    header = _header(path)
-    with np.load(path) as file:
-        return Run(
-            requests=file["requests"],
-            server=file["server"],
-            totals=header["totals"],
-            duration_s=header["duration_s"],
-            provenance=Provenance(**header["provenance"]),
-            timeline=tuple((float(second), str(what)) for second, what in header["timeline"]),
-            problems=tuple(header["problems"]),
-        )
+    """The Run in a file. ValueError names a damaged one."""
+    try:
+        header = _header(path)
+        with np.load(path) as file:
+            return Run(
+                requests=file["requests"],
+                server=file["server"],
+                totals=header["totals"],
+                duration_s=header["duration_s"],
+                provenance=Provenance(**header["provenance"]),
+                timeline=tuple((float(second), str(what)) for second, what in header["timeline"]),
+                problems=tuple(header["problems"]),
+            )
+    except Exception as wrong:  # numpy raises whatever the damaged place leads to
+        raise _no_run(path, wrong) from None
+
+
+def _no_run(path: Path, wrong: BaseException) -> ValueError:
+    return ValueError(f"{path} holds no run ({wrong}); remove it or give another --gpulab-runs folder")

@@ -9,6 +9,9 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from pydantic import ValidationError
+
+from pytest_gpulab.errors import in_one_line
 from pytest_gpulab.experiment import EngineArgs, Profile
 from pytest_gpulab.models import MODELS, find_model
 
@@ -50,7 +53,12 @@ def from_argv(argv: Sequence[str], accelerator: str) -> Profile:
         parser.add_argument(flag, dest="ignored")
     given = vars(parser.parse_args(list(argv)))
     given.pop("ignored", None)
-    return Profile(model=_model_name(given.pop("model")), accelerator=accelerator, engine_args=EngineArgs(**given))
+    model = _model_name(given.pop("model"))
+    try:
+        engine_args = EngineArgs(**given)
+    except ValidationError as wrong:
+        raise ValueError(f"vLLM's arguments cannot be read: {in_one_line(wrong)}") from None
+    return Profile(model=model, accelerator=accelerator, engine_args=engine_args)
 
 
 class _Parser(argparse.ArgumentParser):

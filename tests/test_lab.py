@@ -132,7 +132,9 @@ def test_an_unfinished_look_stays_open_elsewhere(tmp_path: Path) -> None:
     lab = Lab(Machine(""), store=RunStore(tmp_path))
     decided = (lab.measure(WORKLOAD, arm(1)).p50 <= lab.measure(WORKLOAD, arm(2)).p50).decide()
     assert decided.outcome == "undecided"
-    assert decided.reason.endswith(": 2 of 2 repeats held; undecided after 2: nothing serves here")
+    assert decided.reason.endswith(
+        ": 2 of 2 repeats held; undecided after 2: not measured yet: 7 runs missing; nothing serves here"
+    )
 
 
 def test_what_was_never_measured_is_refused_elsewhere(tmp_path: Path) -> None:
@@ -159,6 +161,18 @@ def test_another_server_measures_anew(tmp_path: Path) -> None:
     assert len(machine.order) == 12
     with pytest.raises(TargetRefused, match=r"several servers.*vLLM 1, GPU; vLLM 2, GPU"):
         compare(Lab(Machine(""), store=RunStore(tmp_path)))
+
+
+def test_repeats_of_two_servers_are_not_one_arm(tmp_path: Path) -> None:
+    """Seeds 0 to 2 were measured on one server, the rest on another."""
+    for server, runs in (("vLLM 1, GPU", 3), ("vLLM 2, GPU", 6)):
+        lab = Lab(Machine(server), store=RunStore(tmp_path))
+        one = lab.measure(WORKLOAD, arm(1))
+        for repeat in range(runs - 3, runs):
+            one.run(repeat)
+    lab = Lab(Machine(""), store=RunStore(tmp_path))
+    with pytest.raises(TargetRefused, match=r"several servers.*vLLM 1, GPU; vLLM 2, GPU"):
+        (lab.measure(WORKLOAD, arm(1)).p50 <= 2.0).decide()
 
 
 def test_invalid_evidence_is_measured_again_where_a_server_is(tmp_path: Path) -> None:

@@ -93,6 +93,24 @@ def test_a_save_that_fails_leaves_what_was_there(store: RunStore, monkeypatch: p
     assert len(list(store.folder.iterdir())) == 1
 
 
+def test_damage_is_named_with_its_file(store: RunStore) -> None:
+    """Every 16th byte in turn: the file is refused by its name, or nothing of it was lost."""
+    run = full_run()
+    path = store.save(QUESTION, run)
+    whole, refused = path.read_bytes(), 0
+    for place in range(0, len(whole), 16):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        try:
+            again = RunStore(store.folder)
+            found = [again.load(QUESTION, server) for server in again.servers(QUESTION)]
+        except ValueError as named:
+            assert f"{path} holds no run" in str(named)
+            refused += 1
+        else:
+            assert [one.requests.tobytes() for one in found] == [run.requests.tobytes()]
+    assert refused > 10
+
+
 @pytest.mark.parametrize("content", [b"", b"no zip at all", b"PK\x03\x04 torn"])
 def test_a_foreign_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "foreign.npz").write_bytes(content)

@@ -38,8 +38,6 @@ RUN: Final = "virtual"
 """Labels what is applied; nobody else sees it."""
 DEADLINE_S: Final = 1800.0
 """The lab's own: for warm replicas before a run, and for zero nodes after it."""
-
-
 _KINDS: Final = Resources()
 
 
@@ -190,8 +188,8 @@ class _Simulation:
 
     def _ended(self) -> float:
         """The last answer, or the end of the stated duration."""
-        answered = [at for at in self._ledger.last_token if at == at]
-        return max([self._workload.duration_s or 0.0, *answered[-1:], max(answered, default=0.0)])
+        answered = (at for at in self._ledger.last_token if at == at)
+        return max(self._workload.duration_s or 0.0, max(answered, default=0.0))
 
     def _tear_down(self) -> int:
         """Delete what was applied, workloads first; NodeClaims that are left at the deadline.

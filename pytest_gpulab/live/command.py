@@ -7,7 +7,7 @@ import asyncio
 import signal
 from pathlib import Path
 
-from pytest_gpulab.serving.command import loop_factory
+from pytest_gpulab.serving.command import loop_factory, port
 
 
 def add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -19,7 +19,7 @@ def add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "with a GPU are emulated vLLM servers, an Ingress is a load balancer on 127.0.0.1.",
     )
     parser.add_argument("--kubeconfig", required=True, type=Path, metavar="FILE", help="write the way in here")
-    parser.add_argument("--port", type=int, default=0, help="on 127.0.0.1 (default: any free one)")
+    parser.add_argument("--port", type=port, default=0, help="on 127.0.0.1 (default: any free one)")
     parser.add_argument(
         "--speed", type=float, default=1.0, help="cluster seconds a second; requests take their own time (default: 1)"
     )

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from pytest_gpulab.load.generator import LoadInterrupted, run_load
-from pytest_gpulab.load.headroom import Headroom, measure_headroom
+from pytest_gpulab.load.headroom import BeyondHeadroom, Headroom, measure_headroom
 
-__all__ = ["Headroom", "LoadInterrupted", "measure_headroom", "run_load"]
+__all__ = ["BeyondHeadroom", "Headroom", "LoadInterrupted", "measure_headroom", "run_load"]

@@ -96,7 +96,8 @@ def run_load(
         ``gpu_memory_used_bytes_max``, ``gpu_power_watts_mean``.
 
     Raises:
-        ValueError: a request does not fit the profile, or the load is beyond `headroom`.
+        ValueError: a request does not fit the profile.
+        BeyondHeadroom: the load is beyond `headroom`.
         LoadInterrupted: Ctrl-C; within 2 s, with the partial run.
     """
     require_servable(workload, profile)
@@ -107,7 +108,7 @@ def run_load(
     shares = [Share(workload, endpoint, seed, salt, longest_answer_s, index, count) for index in range(count)]
     load: Load = OneProcess(shares[0]) if count == 1 else Processes(shares)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        evidence = runner.run(_measure(load, endpoint, progress))
+        evidence = runner.run(_measure(load, endpoint, progress, has_gpu=basis == "measured"))
     outcome = evidence.outcome
     run = Run(
         requests=outcome.requests,
@@ -140,8 +141,10 @@ class _Evidence:
     wall_s: float
 
 
-async def _measure(load: Load, endpoint: Endpoint, show: Show) -> _Evidence:
-    async with aiohttp.ClientSession() as session, load, local_gpu_samples(endpoint.url) as gpu:
+async def _measure(load: Load, endpoint: Endpoint, show: Show, *, has_gpu: bool) -> _Evidence:
+    """`has_gpu`: a GPU of this machine may be what serves; it has no part in an emulated run."""
+    looking = local_gpu_samples(endpoint.url if has_gpu else "")
+    async with aiohttp.ClientSession() as session, load, looking as gpu:
         scraper = Scraper(endpoint, session)
         await scraper.read_all(counts=False)
         start = time.perf_counter() + _LEAD_S

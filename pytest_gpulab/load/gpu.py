@@ -34,7 +34,7 @@ def has_local_gpu(url: str) -> bool:
 
 @asynccontextmanager
 async def local_gpu_samples(url: str) -> AsyncIterator[list[GpuSample]]:
-    """Samples of nvidia-smi, one a second and GPU, while the context lasts; none without a local GPU."""
+    """Samples of nvidia-smi, one a second and GPU, while the context lasts; none without a local GPU, or a URL."""
     samples: list[GpuSample] = []
     if not has_local_gpu(url):
         yield samples

@@ -28,6 +28,10 @@ _MOST_LAG_S = 0.005
 _TRIES = 3
 
 
+class BeyondHeadroom(ValueError):
+    """A load that this client cannot send in time."""
+
+
 @dataclass(frozen=True)
 class Headroom:
     """What one process of this client was seen to do against a server that costs nothing.
@@ -39,11 +43,11 @@ class Headroom:
     chunks_per_s: float
 
     def require(self, workload: Workload, seed: int, processes: int) -> None:
-        """ValueError when the workload asks for more. In a closed loop only the run shows: its lag is recorded."""
+        """BeyondHeadroom when the workload asks for more. In a closed loop only the run shows, by its lag."""
         asked = peak_chunk_rate(workload, seed)
         able = self.chunks_per_s * min(processes, os.cpu_count() or 1)
         if asked > able:
-            raise ValueError(
+            raise BeyondHeadroom(
                 f"the load must be within what this client can do: the workload asks for {asked:,.0f} tokens/s, "
                 f"{processes} processes here can read {able:,.0f}; use more processes, a "
                 "faster machine or a lower rate"

@@ -108,7 +108,7 @@ class Scraper:
         self.gpu_samples: list[GpuSample] = []
         """What pages of DCGM's exporter say of GPUs."""
         self.lost = 0
-        """Readings during the run that no server answered."""
+        """Readings during the run in which no vLLM answered."""
 
     @property
     def restarts(self) -> int:
@@ -122,7 +122,9 @@ class Scraper:
 
     @property
     def silent(self) -> list[str]:
-        """Pages that have never been read."""
+        """Pages that have never been read; all of them when none of them is vLLM's."""
+        if not any(_GAUGES[0] in server.last for server in self._servers):
+            return self.urls
         return [server.url for server in self._servers if not server.seen]
 
     @property
@@ -160,10 +162,7 @@ class Scraper:
             await asyncio.sleep(max(0.0, start + second - time.perf_counter()))
             pages = await self._pages(timeout_s=5.0)
             now = time.perf_counter() - start
-            if any(text is not None for text in pages):
-                self._add_row(now, pages)
-            else:
-                self.lost += 1
+            self._add_row(now, pages)
             second = max(second, int(now)) + 1
 
     def _add_row(self, now: float, pages: list[bytes | None]) -> None:
@@ -175,11 +174,12 @@ class Scraper:
                 server.read(page, counts=True)
                 if _GAUGES[0] in page:  # a page of DCGM's exporter has none
                     read.append(page)
+        if not read:
+            self.lost += 1
+            return
         running, waiting, usage = (sum(page.get(name, 0.0) for page in read) for name in _GAUGES)
         totals = self.totals
-        self._rows.append(
-            (now, running, waiting, usage / max(len(read), 1), *(totals.get(name, 0.0) for name in _COUNTERS))
-        )
+        self._rows.append((now, running, waiting, usage / len(read), *(totals.get(name, 0.0) for name in _COUNTERS)))
 
     async def _pages(self, timeout_s: float) -> list[bytes | None]:
         return list(await asyncio.gather(*(self._page(server.url, timeout_s) for server in self._servers)))

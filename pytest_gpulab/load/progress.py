@@ -19,7 +19,8 @@ class Progress:
     """How far a run is.
 
     Attributes:
-        length_s: until the last arrival.
+        length_s: until the last arrival; 0 where arrivals follow answers.
+        finished: requests that came to an end, good or bad.
         p95_s: of the answers so far, from their scheduled time; None without an answer.
     """
 
@@ -31,13 +32,16 @@ class Progress:
     p95_s: float | None
 
     def __str__(self) -> str:
-        """Such as ``0:35 of 2:00, 210 of 720 answered (6.0/s), 14 in flight, p95 2.31 s, 1:25 left``."""
+        """Such as ``0:35 of 2:00, 210 of 720 finished (6.0/s), 14 in flight, p95 2.31 s, 1:25 left``."""
         p95 = "no answer yet" if self.p95_s is None else f"p95 {self.p95_s:.2f} s"
         left_s = self.length_s - self.elapsed_s
-        left = f"{_minutes(left_s)} left" if left_s > 0 else "waiting for the last answers"
+        left = (
+            f", {_minutes(left_s)} left" if left_s > 0 else ", waiting for the last answers" if self.length_s else ""
+        )
+        length = f" of {_minutes(self.length_s)}" if self.length_s else ""
         return (
-            f"{_minutes(self.elapsed_s)} of {_minutes(self.length_s)}, {self.finished} of {self.offered} answered "
-            f"({self.finished / self.elapsed_s:.1f}/s), {self.in_flight} in flight, {p95}, {left}"
+            f"{_minutes(self.elapsed_s)}{length}, {self.finished} of {self.offered} finished "
+            f"({self.finished / self.elapsed_s:.1f}/s), {self.in_flight} in flight, {p95}{left}"
         )
 
 

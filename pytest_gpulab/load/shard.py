@@ -46,7 +46,10 @@ async def _run(load: OneProcess, start: float) -> Outcome:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, sending.cancel)
 
     def say(progress: Progress) -> None:
-        print(f"progress {json.dumps(asdict(progress))}", flush=True)
+        try:
+            print(f"progress {json.dumps(asdict(progress))}", flush=True)
+        except BrokenPipeError:  # nobody waits for the outcome: who asked for it was killed
+            sending.cancel()
 
     async with meanwhile(tell_every(1.0, lambda: load.progress(time.perf_counter() - start), say)):
         return await sending

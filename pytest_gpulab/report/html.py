@@ -154,9 +154,7 @@ def experiment(
     parts = [
         _head(evidence, statement),
         _gate_table(gates) if gates else "",
-        "".join(
-            f'<p class="gpulab-problem">{escape(run.label)}: {escape(p)}</p>' for run in runs for p in run.problems
-        ),
+        "".join(map(_problems, runs)),
         _arm_table(runs, colours) if runs else "",
         f'<div class="gpulab-plots">{"".join(plots)}</div>',
     ]
@@ -206,6 +204,7 @@ def _arm_table(runs: Sequence[RunSummary], colours: Mapping[str, str]) -> str:
     return (
         '<h4>Arms</h4><div class="gpulab-scroll"><table><thead><tr><th>Arm</th>'
         f'<th class="gpulab-n">Repeats</th>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
+        f"<p><small>served by {escape('; '.join(sorted({run.server for run in runs})))}</small></p>"
     )
 
 
@@ -225,7 +224,7 @@ def _figure(figure: Figure | None) -> str:
     if figure is None:
         return "–"
     factor, unit = (100.0, "%") if figure.unit == "ratio" else (1.0, figure.unit)
-    if factor * figure.value < 0.1 and unit == "s":
+    if 0 < figure.value < 0.1 and unit == "s":
         factor, unit = 1000.0, "ms"
     digits = 1 if unit == "ms" else 9
     value, low, high = (number(round(factor * part, digits)) for part in (figure.value, figure.low, figure.high))

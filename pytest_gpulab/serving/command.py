@@ -24,7 +24,7 @@ def add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--engine-args", default="{}", metavar="JSON", help="vLLM engine arguments, by vLLM's names")
     parser.add_argument("--served-model-name", metavar="NAME", help="what clients call the model (default: --model)")
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=_DEFAULT_PORT, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument("--port", type=port, default=_DEFAULT_PORT, help="0 takes a free one (default: %(default)s)")
     parser.add_argument("--speed", type=float, default=1.0, help="model seconds in one real second (default: 1)")
     parser.add_argument(
         "--api-key",
@@ -33,6 +33,13 @@ def add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="bearer token that requests below /v1 need (default: $VLLM_API_KEY, else no check)",
     )
     parser.set_defaults(run=run_serve)
+
+
+def port(text: str) -> int:
+    """A TCP port as argparse's ``type``; a greater number would be taken modulo 65536 by the system."""
+    if not (text.isascii() and text.isdigit() and int(text) < 65536):
+        raise argparse.ArgumentTypeError(f"must be a port from 0 to 65535, got {text!r}")
+    return int(text)
 
 
 def run_serve(options: argparse.Namespace) -> int:

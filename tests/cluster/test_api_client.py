@@ -303,16 +303,17 @@ def test_the_dynamic_client_discovers_and_applies(api: client.ApiClient, tmp_pat
     assert selector.matchLabels.app == "web"
 
 
-def test_server_side_apply_meets_an_autoscaler(api: client.ApiClient) -> None:
+def test_server_side_apply_meets_an_autoscaler(api: client.ApiClient, tmp_path: Path) -> None:
     apps = client.AppsV1Api(api)
-    body = deployment(replicas=1)
-    options: Object = {"field_manager": "lab", "_content_type": "application/apply-patch+yaml"}
-    apps.patch_namespaced_deployment("web", "default", body, **options)
+    dynamic = DynamicClient(api, cache_file=str(tmp_path / "discovery.json"))
+    deployments = dynamic.resources.get(api_version="apps/v1", kind="Deployment")
+    body, options = deployment(replicas=1), {"namespace": "default", "field_manager": "lab"}
+    deployments.server_side_apply(body, **options)
     apps.patch_namespaced_deployment_scale("web", "default", {"spec": {"replicas": 3}}, field_manager="hpa")
     with pytest.raises(ApiException) as error:
-        apps.patch_namespaced_deployment("web", "default", body, **options)
-    assert 'conflict with \\"hpa\\"' in error.value.body
-    without = apps.patch_namespaced_deployment("web", "default", deployment(), **options)
+        deployments.server_side_apply(body, **options)
+    assert 'conflict with "hpa"' in json.loads(error.value.body)["message"]
+    without = deployments.server_side_apply(deployment(), **options)
     assert without.spec.replicas == 3
 
 

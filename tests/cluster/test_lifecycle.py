@@ -105,6 +105,22 @@ def test_a_node_claim_goes_through_its_conditions_in_order_and_holds_its_finaliz
     assert kinds[-1] == ("Launched", "Registered", "Initialized")
 
 
+def test_somebody_elses_finalizer_outlives_the_machine():
+    made = cluster()
+    made.wait("ready", ready(made), 900, everything(made))
+    (claim,) = made.store.list(NODE_CLAIM)
+    finalizers = [*claim["metadata"]["finalizers"], "example.com/audit"]
+    made.store.patch(NODE_CLAIM, name_of(claim), "", {"metadata": {"finalizers": finalizers}})
+    made.store.delete(NODE_CLAIM, name_of(claim))
+    made.wait(
+        "the end of its node", lambda: not made.store.find(NODE, at(claim, "status.nodeName")), 1800, everything(made)
+    )
+    held = made.store.find(NODE_CLAIM, name_of(claim))
+    assert held["metadata"]["finalizers"] == ["example.com/audit"]
+    made.store.patch(NODE_CLAIM, name_of(claim), "", {"metadata": {"finalizers": None}})
+    assert made.store.find(NODE_CLAIM, name_of(claim)) is None
+
+
 def test_a_second_pod_on_a_node_does_not_pull_again():
     made = cluster()
     first = made.wait("ready", ready(made), 900, everything(made))

@@ -43,6 +43,8 @@ def test_samples_of_a_run_on_this_machine(tmp_path, monkeypatch):
     command.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with golden_server() as url:
-        run = load(url, requests(5))
+        run = load(url, requests(5), basis="measured")
+        emulated = load(url, requests(5))
     assert run.totals["gpu_utilization_mean"] == 0.5
     assert run.totals["gpu_power_watts_mean"] == 70.0
+    assert not any(name.startswith("gpu_") for name in emulated.totals)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pytest_gpulab.experiment import BoundedQueue, ClosedLoop, Constant, Poisson, Shape, SpikeToZero, Workload
-from pytest_gpulab.load.headroom import Headroom, measure_headroom, null_server, send_to
+from pytest_gpulab.load.headroom import BeyondHeadroom, Headroom, measure_headroom, null_server, send_to
 from pytest_gpulab.load.local import peak_chunk_rate, peak_rate, processes_for
 from pytest_gpulab.load.progress import Progress, of_all
 from tests.load.loads import requests
@@ -60,15 +60,17 @@ def test_headroom_grows_with_processes():
     workload = Workload(arrivals=Poisson(rate=100.0), shape=SHAPE, duration_s=60.0)
     headroom = Headroom(chunks_per_s=4000.0)
     headroom.require(workload, 0, 2)
-    with pytest.raises(ValueError, match="use more processes, a faster machine or a lower rate"):
+    with pytest.raises(BeyondHeadroom, match="use more processes, a faster machine or a lower rate"):
         headroom.require(workload, 0, 1)
 
 
 def test_the_progress_line():
     progress = Progress(elapsed_s=35.0, length_s=120.0, finished=210, offered=720, in_flight=14, p95_s=2.3061)
-    assert str(progress) == "0:35 of 2:00, 210 of 720 answered (6.0/s), 14 in flight, p95 2.31 s, 1:25 left"
+    assert str(progress) == "0:35 of 2:00, 210 of 720 finished (6.0/s), 14 in flight, p95 2.31 s, 1:25 left"
     early = Progress(elapsed_s=5.0, length_s=4.0, finished=0, offered=9, in_flight=9, p95_s=None)
     assert str(early).endswith("9 in flight, no answer yet, waiting for the last answers")
+    users = Progress(elapsed_s=35.0, length_s=0.0, finished=7, offered=20, in_flight=4, p95_s=2.0)
+    assert str(users) == "0:35, 7 of 20 finished (0.2/s), 4 in flight, p95 2.00 s"
     both = of_all([progress, early])
     assert (both.finished, both.offered, both.in_flight, both.p95_s) == (210, 729, 23, 2.3061)
     assert of_all([early, early]).p95_s is None

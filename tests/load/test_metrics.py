@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import aiohttp
 import pytest
@@ -181,8 +182,6 @@ def test_samples_each_second():
     pages = Pages(page(10, running=1, usage=0.5), page(20, running=2, usage=0.1))
 
     async def check(scraper):
-        import time
-
         await scraper.read_all(counts=False)
         pages.texts = [page(15, running=4, usage=0.6), page(20, running=2, usage=0.2)]
         start = time.perf_counter()
@@ -199,5 +198,20 @@ def test_samples_each_second():
         assert rows["generation_tokens_total"].tolist() == [5, 5]
         assert 0.0 <= rows["time"][0] < 0.5
         assert 1.0 <= rows["time"][1] < 1.5
+
+    scraping(pages, check)
+
+
+def test_a_page_that_is_not_vllms_is_no_row_of_zeros():
+    pages = Pages("<html>a login page</html>")
+
+    async def check(scraper):
+        await scraper.read_all(counts=False)
+        task = asyncio.create_task(scraper.sample(time.perf_counter()))
+        while not scraper.lost:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        assert len(scraper.table) == 0
+        assert scraper.silent == scraper.urls
 
     scraping(pages, check)
