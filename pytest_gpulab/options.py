@@ -229,7 +229,9 @@ def _key(name: str) -> str:
 
 
 def _given(config: pytest.Config, name: str) -> bool:
-    return bool(config.getoption(_key(name)) or config.getini(_key(name)))
+    """Whether there is a value; an empty one on the command line takes the ini file's back."""
+    value = config.getoption(_key(name))
+    return bool(config.getini(_key(name)) if value is None else value)
 
 
 def _text(config: pytest.Config, name: str) -> str:

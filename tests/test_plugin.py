@@ -346,3 +346,11 @@ def test_plain_session_loads_nothing_heavy(tmp_path: Path) -> None:
 def test_collect_only_writes_nothing(project: Project) -> None:
     project.write(GOOD).run("--collect-only").assert_outcomes()
     assert not Path(project.path, "reports").exists()
+
+
+def test_an_empty_option_takes_the_ini_files_back(project: Project) -> None:
+    """So a gate that the project always has can be left out once."""
+    project.pytester.makeini("[pytest]\ngpulab_gate = missing.json\n")
+    project.write("def test_it(served):\n    assert served(1).p50 <= 2.0\n")
+    assert project.run().ret == pytest.ExitCode.USAGE_ERROR
+    assert project.run("--gpulab-gate=").ret == pytest.ExitCode.OK

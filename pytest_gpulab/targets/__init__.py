@@ -40,14 +40,14 @@ _KINDS = {
 
 
 def target_names() -> list[str]:
-    """The targets that exist, sorted."""
-    return sorted(_KINDS)
+    """The targets that exist, sorted; not the one that forecasts are made on."""
+    return sorted(_KINDS.keys() - {"plan"})
 
 
 def kind_of(name: str) -> Kind:
     """What is known of the target called `name`; ValueError lists the known ones."""
     if name not in _KINDS:
-        raise ValueError(unknown_name("target", name, _KINDS))
+        raise ValueError(unknown_name("target", name, target_names()))
     return _KINDS[name]
 
 

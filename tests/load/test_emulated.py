@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from pytest_gpulab.endpoint import Endpoint
 from pytest_gpulab.experiment import Poisson, Shape, Workload
@@ -38,6 +39,7 @@ def load(endpoint, workload=WORKLOAD):
     return run_load(workload, endpoint=endpoint, **settings)
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_seed_on_one_server():
     """The second finds no warm cache, and its totals are its own."""
     with emulated() as endpoint:
@@ -59,6 +61,7 @@ def test_two_runs_of_one_seed_on_one_server():
             assert run.provenance.seed == 1
 
 
+@pytest.mark.slow
 def test_a_warm_cache_is_noticed(monkeypatch):
     """As if the run's own first tokens were not there."""
     monkeypatch.setattr("pytest_gpulab.load.generator.new_salt", lambda: (400, 401))
