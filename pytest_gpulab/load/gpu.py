@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import shutil
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -27,6 +28,15 @@ class GpuSample(NamedTuple):
     power_watts: float
 
 
+def first_gpu() -> str | None:
+    """The GPU that CUDA calls the first, as nvidia-smi's ``--id`` takes it; None where CUDA may see none.
+
+    A machine may have several GPUs, each with a server of its own: ``CUDA_VISIBLE_DEVICES`` says which is ours.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    return None if visible in ("", "-1") else visible
+
+
 def has_local_gpu(url: str) -> bool:
     """Whether the server at `url` runs on this machine, and nvidia-smi can tell about its GPUs."""
     return urlsplit(url).hostname in _LOCAL and shutil.which("nvidia-smi") is not None
@@ -34,13 +44,15 @@ def has_local_gpu(url: str) -> bool:
 
 @asynccontextmanager
 async def local_gpu_samples(url: str) -> AsyncIterator[list[GpuSample]]:
-    """Samples of nvidia-smi, one a second and GPU, while the context lasts; none without a local GPU, or a URL."""
+    """Samples of nvidia-smi, one a second, while the context lasts; none without a local GPU, or a URL."""
     samples: list[GpuSample] = []
-    if not has_local_gpu(url):
+    gpu = first_gpu()
+    if gpu is None or not has_local_gpu(url):
         yield samples
         return
     process = await asyncio.create_subprocess_exec(
         "nvidia-smi",
+        f"--id={gpu}",
         f"--query-gpu={','.join(_QUERY)}",
         "--format=csv,noheader,nounits",
         "--loop=1",

@@ -10,12 +10,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+from pytest_gpulab.load.gpu import first_gpu
+
 CPU = "cpu"
 """Accelerator of a profile that is served without a GPU."""
 
 
 class Gpu(NamedTuple):
-    """The first GPU, as the driver calls it."""
+    """A GPU, as the driver calls it."""
 
     name: str
     driver: str
@@ -27,10 +29,13 @@ class Gpu(NamedTuple):
 
 
 def find_gpu() -> Gpu | None:
-    """The first GPU that nvidia-smi shows; None without one."""
+    """The first GPU that CUDA may use (``CUDA_VISIBLE_DEVICES``); None without one."""
+    first = first_gpu()
+    if first is None:
+        return None
     try:
         shown = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
+            ["nvidia-smi", f"--id={first}", "--query-gpu=name,driver_version", "--format=csv,noheader"],
             capture_output=True,
             text=True,
             timeout=30,

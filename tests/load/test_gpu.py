@@ -37,11 +37,12 @@ def test_what_nvidia_smi_does_not_know_is_no_sample(line):
 
 
 def test_samples_of_a_run_on_this_machine(tmp_path, monkeypatch):
-    """A command that says what nvidia-smi would."""
+    """A command that says what nvidia-smi would of the second GPU, which is the one that serves."""
     command = tmp_path / "nvidia-smi"
-    command.write_text("#!/bin/sh\necho '50, 100, 70.0'\nexec sleep 60\n")
+    command.write_text('#!/bin/sh\n[ "$1" = --id=1 ] && echo "50, 100, 70.0"\nexec sleep 60\n')
     command.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     with golden_server() as url:
         run = load(url, requests(5), basis="measured")
         emulated = load(url, requests(5))
