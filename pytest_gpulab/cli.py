@@ -48,7 +48,13 @@ def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         description="Fits the step and front-end costs of one model on one accelerator to measured runs, and "
         "writes them as a calibration. Prints how well each run is predicted by a fit without it.",
     )
-    fit.add_argument("data", nargs="+", type=Path, metavar="DATA", help="measured runs: *.jsonl.gz, *.jsonl or *.csv")
+    fit.add_argument(
+        "data",
+        nargs="+",
+        type=Path,
+        metavar="DATA",
+        help="measured runs: a folder of --gpulab-runs, or *.jsonl.gz, *.jsonl or *.csv",
+    )
     fit.add_argument(
         "-o",
         "--output",
@@ -58,20 +64,24 @@ def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="ACCELERATOR-MODEL.json: the name says which of the runs are fitted",
     )
     fit.add_argument("--source", help="what was measured, by whom, when (default: the names of the files)")
+    fit.add_argument("--like", metavar="CALIBRATION", help="start from the same model's on another accelerator")
     fit.add_argument("--no-check", action="store_true", help="skip the leave-one-out fits; errors are stored as 0")
     fit.set_defaults(run=_fit)
 
 
 def _fit(options: argparse.Namespace) -> int:
+    from pytest_gpulab.engine.calibration import load_calibration
     from pytest_gpulab.engine.fit import fit_calibration
     from pytest_gpulab.engine.measured import of_calibration, read_runs
+    from pytest_gpulab.run_store import runs_to_fit
 
     if options.output.suffix != ".json":
         raise ValueError(f"the output must be named ACCELERATOR-MODEL.json, got {options.output.name!r}")
-    every = [run for path in options.data for run in read_runs(path)]
+    every = [run for path in options.data for run in (runs_to_fit if path.is_dir() else read_runs)(path)]
     runs = of_calibration(every, options.output.stem)
     source = options.source or ", ".join(path.name for path in options.data)
-    report = fit_calibration(runs, source=source, check=not options.no_check)
+    like = load_calibration(options.like) if options.like else None
+    report = fit_calibration(runs, source=source, like=like, check=not options.no_check)
     options.output.write_text(report.calibration.model_dump_json(indent=1) + "\n", encoding="utf-8")
     _print_errors("each run predicted by a fit without it", report.left_out)
     _print_errors("open-loop runs predicted by a fit of the closed-loop ones", report.opened)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pytest_gpulab.experiment import Profile, Workload
+from pytest_gpulab.engine.measured import MeasuredRun, table_figures
+from pytest_gpulab.experiment import ClosedLoop, Profile, Workload
 from pytest_gpulab.files import replacing
 from pytest_gpulab.run import Provenance, Run
 
@@ -50,6 +52,12 @@ class RunStore:
         """The Run of `question` on `server`; KeyError when it was not measured, ValueError names a damaged file."""
         return _read(self._paths[question][server])
 
+    def __iter__(self) -> Iterator[tuple[Question, Run]]:
+        """Every run with its question. ValueError names a damaged file."""
+        for question, paths in self._paths.items():
+            for path in paths.values():
+                yield question, _read(path)
+
     def save(self, question: Question, run: Run) -> Path:
         """Write `run`, whole or not at all, replacing an earlier one; returns its file."""
         server = run.provenance.server
@@ -67,6 +75,43 @@ class RunStore:
 
     def _remember(self, question: Question, server: str, path: Path) -> None:
         self._paths.setdefault(question, {})[server] = path
+
+
+def runs_to_fit(folder: Path) -> list[MeasuredRun]:
+    """What a calibration can be fitted from: the valid measured runs in `folder`, those of fleets left out.
+
+    ValueError: it holds none.
+    """
+    stored = [
+        (question, run)
+        for question, run in RunStore(folder)
+        if run.provenance.basis == "measured" and not run.problems and question.profile.fleet is None
+    ]
+    if not stored:
+        raise ValueError(f"{folder} must hold measured runs that are valid evidence, it has none")
+    return [
+        MeasuredRun(
+            name=_file_name(question, run.provenance.server),
+            profile=question.profile,
+            workload=question.workload,
+            figures=table_figures(run.requests),
+            open_loop=not isinstance(question.workload.arrivals, ClosedLoop),
+            vllm=_vllm_version(run.provenance.server),
+            seed=question.seed,
+            arm=_arm(question),
+        )
+        for question, run in stored
+    ]
+
+
+def _arm(question: Question) -> str:
+    return f"{question.workload.definition_hash}{question.profile.definition_hash}"
+
+
+def _vllm_version(server: str) -> str:
+    """``0.25.1`` of ``vllm 0.25.1, NVIDIA H200, ...``; empty where the server did not say."""
+    found = re.match(r"vllm\S* (\d+(?:\.\d+)+)", server)
+    return found[1] if found else ""
 
 
 def _file_name(question: Question, server: str) -> str:

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from pytest_gpulab.cli import main
-from pytest_gpulab.engine.calibration import calibration_names, find_variant, load_calibration
+from pytest_gpulab.engine import simulate
+from pytest_gpulab.engine.calibration import (
+    Calibration,
+    calibration_names,
+    find_variant,
+    load_calibration,
+    variant_name,
+)
 from pytest_gpulab.engine.fit import (
     TERMS,
     Case,
@@ -23,11 +30,14 @@ from pytest_gpulab.engine.fit import (
     vector_of,
 )
 from pytest_gpulab.engine.measured import BadData, MeasuredRun, of_calibration, read_runs
-from pytest_gpulab.experiment import EngineArgs, Profile, Workload
+from pytest_gpulab.experiment import ClosedLoop, EngineArgs, Poisson, Profile, Shape, Workload
+from pytest_gpulab.run_store import Question, RunStore, runs_to_fit
 
 DATA = Path(__file__).parent.parent / "pytest_gpulab" / "engine" / "calibrations" / "data"
+RECORDS = Path(__file__).parent.parent / "reports" / "records"
 NAMES = [f"{part}.{name}" for part, name in TERMS]
 LLAMA = Profile(model="llama-3.1-8b", accelerator="h200")
+SHORT = Shape(prompt_tokens=512, output_tokens=16)
 
 
 # --- finds what generated the runs --------------------------------------------------------------------
@@ -132,6 +142,17 @@ def test_the_left_out_run_has_no_say_in_its_own_prediction():
     assert predictions[0] == pytest.approx(predictions[1])
 
 
+def test_repeats_of_an_arm_have_no_say_in_each_others_prediction():
+    """Otherwise six repeats of one arm would tell each other what to expect."""
+    prior = start("llama-3.1-8b", "h200")
+    kept = [lone_run(TRUTH, *shape) for shape in SHAPES[:3]]
+    repeats = [replace(lone_run(TRUTH, *SHAPES[3], factor=factor), arm="a") for factor in (3.0, 3.1)]
+    *_, first, second = leave_one_out([Case.of(one) for one in [*kept, *repeats]], prior)
+    (alone,) = leave_one_out([Case.of(one) for one in [*kept, repeats[0]]], prior)[3:]
+    assert first.errors == pytest.approx(alone.errors)
+    assert second.errors != first.errors
+
+
 def test_the_error_of_a_run_is_that_of_the_fit_without_it():
     prior = start("llama-3.1-8b", "h200")
     cases = [Case.of(lone_run(TRUTH, *shape)) for shape in SHAPES[:3]]
@@ -151,19 +172,36 @@ def test_a_calibration_needs_base_runs():
 # --- the committed calibrations -----------------------------------------------------------------------
 
 
+def data_of(name: str) -> list[MeasuredRun]:
+    """The committed runs of an accelerator."""
+    if name.startswith("h100"):
+        return runs_to_fit(RECORDS / "vllm-h100-runs")
+    files = sorted(DATA.glob("*.csv" if name.startswith("t4") else "*.jsonl.gz"))
+    return [run for path in files for run in read_runs(path)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", calibration_names())
-def test_committed_calibrations_are_what_the_command_makes_of_the_committed_data(name):
-    files = sorted(DATA.glob("*.csv" if name.startswith("t4") else "*.jsonl.gz"))
-    runs = of_calibration([run for path in files for run in read_runs(path)], name)
+def test_committed_calibrations_predict_what_a_fit_of_the_committed_data_does(name):
+    """Processors round differently, and where runs hardly tell terms apart the search may stop at others of them: the
+    coefficients differ then (by half, once), what they predict does not."""
     committed = load_calibration(name)
-    made = fit_calibration(runs, source=committed.source, check=False).calibration
+    runs = of_calibration(data_of(name), name)
+    like = load_calibration(committed.like) if committed.like else None
+    made = fit_calibration(runs, source=committed.source, like=like, check=False).calibration
     assert (made.name, made.vllm, made.reserved_bytes) == (name, committed.vllm, committed.reserved_bytes)
     assert made.variants.keys() == committed.variants.keys()
     for variant in made.variants:
-        got, kept = vector_of(made.variants[variant]), vector_of(committed.variants[variant])
-        assert got == pytest.approx(kept, rel=1e-3, abs=1e-12)
-        assert made.variants[variant].assumed == committed.variants[variant].assumed
+        cases = [Case.of(run) for run in runs if variant_name(run.profile) == variant and not short_of_blocks(run)]
+        ratios = [case.predict(made.variants[variant]) / case.predict(committed.variants[variant]) for case in cases]
+        apart = np.abs(np.concatenate(ratios) - 1)
+        assert np.median(apart) <= 0.02, variant
+        assert np.quantile(apart, 0.9) <= 0.05, variant
+
+
+def short_of_blocks(run: MeasuredRun) -> bool:
+    """Those runs are not fitted."""
+    return run.profile.engine_args.num_gpu_blocks_override is not None
 
 
 @pytest.mark.parametrize("name", calibration_names())
@@ -179,9 +217,9 @@ def test_committed_calibrations_say_how_far_they_are_off(name):
 
 def test_an_unknown_calibration_lists_those_that_exist():
     with pytest.raises(
-        ValueError, match=r"no calibration 'h100'; there are: h200-llama-3\.1-8b, h200-qwen2\.5-0\.5b"
+        ValueError, match=r"no calibration 'h300'; there are: h100-llama-3\.1-8b, h200-llama-3\.1-8b, h200-q"
     ):
-        load_calibration("h100")
+        load_calibration("h300")
 
 
 def test_a_calibration_of_another_accelerator_is_refused():
@@ -304,6 +342,58 @@ def test_the_command_writes_a_calibration(tmp_path, capsys):
     assert (written["name"], written["source"]) == ("h200-llama-3.1-8b", "a.jsonl")
     assert written["variants"]["base"]["runs"] == 2
     assert "each run predicted by a fit without it" in capsys.readouterr().out
+
+
+def test_the_command_reads_what_a_campaign_has_kept(tmp_path, capsys):
+    """Runs as a measuring target stores them; simulated here, so the calibration they came from is known."""
+    store = RunStore(tmp_path / "runs")
+    closed = Workload(
+        arrivals=ClosedLoop(concurrency=4), shape=Shape(prompt_tokens=2048, output_tokens=20), requests=8
+    )
+    for seed, workload in ((0, closed), (5, Workload(arrivals=Poisson(rate=4.0), shape=SHORT, requests=30))):
+        run = simulate(LLAMA, workload, seed=seed)
+        measured = replace(run.provenance, basis="measured", server="vllm 0.25.1, NVIDIA H200", relative_error=0.0)
+        store.save(Question(workload, LLAMA, seed), replace(run, provenance=measured))
+    output = tmp_path / "h200-llama-3.1-8b.json"
+    assert main(["fit", str(store.folder), "-o", str(output)]) == 0
+    written = Calibration.model_validate_json(output.read_text())
+    assert (written.vllm, written.source, written.variants["base"].runs) == ("0.25.1", "runs", 2)
+    truth, found = find_variant(LLAMA)[1].gpu, written.variants["base"].gpu
+    assert found.per_token_s == pytest.approx(truth.per_token_s, rel=0.1)
+
+
+def test_a_fit_may_start_from_the_same_model_on_another_accelerator(tmp_path):
+    """An H100 has the H200's cores, and reads 3.35 instead of 4.8 TB/s. One short run says little about the rest."""
+    there = find_variant(LLAMA)[1]
+    run = replace(lone_run(TRUTH, 64, 50), profile=Profile(model="llama-3.1-8b", accelerator="h100"))
+    report = fit_calibration([run], source="a run", like=load_calibration("h200-llama-3.1-8b"), check=False)
+    made = report.calibration.variants["base"]
+    assert report.calibration.like == "h200-llama-3.1-8b"
+    assert made.gpu.per_context_token_mixed_s == pytest.approx(there.gpu.per_context_token_mixed_s * 4.8 / 3.35)
+    assert made.gpu.per_attended_token_s == pytest.approx(there.gpu.per_attended_token_s, rel=1e-3)
+    assert made.cpu.launch_large_s == pytest.approx(there.cpu.launch_large_s)
+    assert made.assumed["cpu.launch_large_s"] == "h200-llama-3.1-8b, scaled by the data sheets"
+
+
+def test_a_folder_without_measured_runs_is_refused(tmp_path, capsys):
+    assert main(["fit", str(tmp_path), "-o", str(tmp_path / "h200-llama-3.1-8b.json")]) == 2
+    assert "must hold measured runs that are valid evidence, it has none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("like", "words"),
+    [
+        ("h201-llama-3.1-8b", "no calibration 'h201-llama-3.1-8b'; there are: "),
+        (
+            "t4-qwen2.5-0.5b",
+            "the calibration to start from must be of llama-3.1-8b, t4-qwen2.5-0.5b is of",
+        ),
+    ],
+)
+def test_the_command_refuses_to_start_from_another_model(tmp_path, capsys, like, words):
+    output = str(tmp_path / "h200-llama-3.1-8b.json")
+    assert main(["fit", str(jsonl(tmp_path / "a.jsonl", ROW)), "-o", output, "--like", like]) == 2
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

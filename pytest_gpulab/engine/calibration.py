@@ -103,6 +103,8 @@ class Calibration(_Coefficients):
     vllm: str
     source: str
     """What was measured, by whom, when."""
+    like: str = ""
+    """The calibration whose coefficients, scaled by the data sheets, the fit started from; empty: the data sheet."""
     reserved_bytes: int
     """Device memory that weights, activations and CUDA graphs take from the KV cache beside the weights'
     own bytes (measured KV cache size subtracted from what `gpu_memory_utilization` allows)."""

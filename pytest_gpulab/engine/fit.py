@@ -52,7 +52,11 @@ START: Mapping[str, float] = {
 }
 """Where the terms of the host start: round numbers of the right order for vLLM's V1 engine."""
 
-DATA_SHEETS: Mapping[str, tuple[float, float]] = {"h200": (4.8e12, 989e12), "t4": (320e9, 65e12)}
+DATA_SHEETS: Mapping[str, tuple[float, float]] = {
+    "h100": (3.35e12, 989e12),
+    "h200": (4.8e12, 989e12),
+    "t4": (320e9, 65e12),
+}
 """Memory bandwidth in bytes/s and dense 16-bit operations/s: where the terms of the GPU start."""
 
 _PER_DECODE_S = 5e-6
@@ -129,7 +133,7 @@ class Case:
         if run.kv_cache_tokens:
             config = replace(config, num_blocks=run.kv_cache_tokens // config.block_size + 1)
         eager = run.profile.engine_args.enforce_eager
-        return cls(run, Plan(run.workload, schedule(run.workload, 0), config, _NOTHING, eager))
+        return cls(run, Plan(run.workload, schedule(run.workload, run.seed), config, _NOTHING, eager))
 
     @property
     def measured(self) -> Vector:
@@ -156,9 +160,7 @@ class Case:
 def start(model_name: str, accelerator: str, engine: str = "") -> Vector:
     """Where a first fit starts: the data sheet for the GPU, START for the host; `engine` is vLLM's version."""
     model = find_model(model_name)
-    if accelerator not in DATA_SHEETS:
-        raise ValueError(unknown_name("accelerator with a data sheet", accelerator, DATA_SHEETS))
-    bytes_per_s, operations_per_s = (ATTAINED * peak for peak in DATA_SHEETS[accelerator])
+    bytes_per_s, operations_per_s = (ATTAINED * peak for peak in _sheet(accelerator))
     context_s = model.kv_bytes_per_token(2) / bytes_per_s
     values = {
         **START,
@@ -170,6 +172,27 @@ def start(model_name: str, accelerator: str, engine: str = "") -> Vector:
         "gpu.per_attended_token_s": 4 * model.layers * model.hidden_size / operations_per_s,
     }
     return np.array([*(values[f"{part}.{name}"] for part, name in TERMS), 1.0])
+
+
+_MEMORY_TERMS = ("gpu.step_s", "gpu.per_context_token_s", "gpu.per_context_token_mixed_s")
+_COMPUTE_TERMS = ("gpu.per_token_s", "gpu.per_attended_token_s")
+
+
+def start_like(known: Calibration, accelerator: str) -> Vector:
+    """Where a first fit starts when the model is calibrated on another accelerator with the same kind of host.
+
+    Reading takes longer as the memory is slower, computing as the operations are, and the host as long as there.
+    """
+    ratios = [there / here for there, here in zip(_sheet(known.accelerator), _sheet(accelerator), strict=True)]
+    slower = dict.fromkeys(_MEMORY_TERMS, ratios[0]) | dict.fromkeys(_COMPUTE_TERMS, ratios[1])
+    factors = [slower.get(f"{part}.{name}", 1.0) for part, name in TERMS]
+    return vector_of(known.variants["base"].model_copy(update={"traced_host": 1.0})) * [*factors, 1.0]
+
+
+def _sheet(accelerator: str) -> tuple[float, float]:
+    if accelerator not in DATA_SHEETS:
+        raise ValueError(unknown_name("accelerator with a data sheet", accelerator, DATA_SHEETS))
+    return DATA_SHEETS[accelerator]
 
 
 def vector_of(variant: Variant) -> Vector:
@@ -267,11 +290,14 @@ def predict(cases: Iterable[Case], vector: Vector) -> list[Prediction]:
 
 
 def leave_one_out(cases: Sequence[Case], prior: Vector) -> list[Prediction]:
-    """Each case predicted by a fit of the others, which starts from `prior` again."""
-    rest = [[*cases[:index], *cases[index + 1 :]] for index in range(len(cases))]
+    """Each case predicted by a fit without it, nor any other of its arm, which starts from `prior` again."""
+    arms: dict[str, list[Case]] = {}
+    for index, case in enumerate(cases):
+        arms.setdefault(case.run.arm or str(index), []).append(case)
+    rest = [[case for case in cases if case not in arm] for arm in arms.values()]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        vectors = list(pool.map(fit_vector, rest, [prior] * len(cases)))
-    return [one for case, vector in zip(cases, vectors, strict=True) for one in predict([case], vector)]
+        vectors = list(pool.map(fit_vector, rest, [prior] * len(rest)))
+    return [one for arm, vector in zip(arms.values(), vectors, strict=True) for one in predict(arm, vector)]
 
 
 def open_from_closed(cases: Sequence[Case], prior: Vector) -> list[Prediction]:
@@ -299,12 +325,15 @@ class FitReport:
     opened: Mapping[str, Sequence[Prediction]]
 
 
-def fit_calibration(runs: Sequence[MeasuredRun], *, source: str, check: bool = True) -> FitReport:
+def fit_calibration(
+    runs: Sequence[MeasuredRun], *, source: str, like: Calibration | None = None, check: bool = True
+) -> FitReport:
     """Fit all number formats that the runs of one model on one accelerator have.
 
     Args:
         runs: of one model and accelerator, with base runs among them.
         source: what was measured, by whom, when.
+        like: the same model's on another accelerator, to start from; None: start from the data sheet.
         check: also find the errors, which takes as many fits as there are runs.
     """
     by_variant: dict[str, list[Case]] = {}
@@ -314,7 +343,9 @@ def fit_calibration(runs: Sequence[MeasuredRun], *, source: str, check: bool = T
     if "base" not in by_variant:
         raise ValueError(f"a calibration needs runs of the base format, got only {', '.join(by_variant)}")
     profile = by_variant["base"][0].run.profile
-    sheet = start(profile.model, profile.accelerator, runs[0].vllm)
+    if like is not None and like.model != profile.model:
+        raise ValueError(f"the calibration to start from must be of {profile.model}, {like.name} is of {like.model}")
+    sheet = start_like(like, profile.accelerator) if like else start(profile.model, profile.accelerator, runs[0].vllm)
     base = fit_vector(by_variant["base"], sheet)
     variants, left_out, opened = {}, {}, {}
     for name in ["base", *sorted(by_variant.keys() - {"base"})]:
@@ -327,7 +358,7 @@ def fit_calibration(runs: Sequence[MeasuredRun], *, source: str, check: bool = T
         variants[name] = variant_of(vector).model_copy(
             update={
                 "runs": len(cases),
-                "assumed": _assumed(cases, vector, prior, None if name == "base" else factors),
+                "assumed": _assumed(cases, vector, prior, None if name == "base" else factors, like),
                 **_error_fields(left_out[name], opened[name]),
             }
         )
@@ -337,6 +368,7 @@ def fit_calibration(runs: Sequence[MeasuredRun], *, source: str, check: bool = T
         accelerator=profile.accelerator,
         vllm=runs[0].vllm,
         source=source,
+        like=like.name if like else "",
         reserved_bytes=_reserved_bytes(by_variant["base"]),
         variants=variants,
     )
@@ -350,7 +382,11 @@ def _from_base(base: Vector, factors: Mapping[str, tuple[float, str]], sheet: Ve
 
 
 def _assumed(
-    cases: Sequence[Case], vector: Vector, prior: Vector, factors: Mapping[str, tuple[float, str]] | None
+    cases: Sequence[Case],
+    vector: Vector,
+    prior: Vector,
+    factors: Mapping[str, tuple[float, str]] | None,
+    like: Calibration | None,
 ) -> dict[str, str]:
     """The coefficients whose slopes weigh less than the prior: the runs hardly see them. `factors`: of a variant."""
     slope, _ = _linear(cases, vector, prior)
@@ -359,7 +395,9 @@ def _assumed(
         if seen >= PRIOR_WEIGHT:
             continue
         key = f"{part}.{term}"
-        if factors is None:
+        if factors is None and like is not None:
+            assumed[key] = f"{like.name}, scaled by the data sheets"
+        elif factors is None:
             assumed[key] = "the data sheet" if part == "gpu" else "a round number for vLLM's V1 engine"
         else:
             factor, reason = factors.get(key, (1.0, "the format does not change it"))

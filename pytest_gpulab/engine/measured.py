@@ -73,6 +73,10 @@ class MeasuredRun:
     """Measured with time stamps taken inside the server, which slows its host down."""
     until_s: float = math.inf
     """Answers after this time from the run's start were not counted."""
+    seed: int = 0
+    """Of the workload's schedule."""
+    arm: str = ""
+    """Equal for the repeats of one arm, which predict each other too well; empty: a run of its own."""
 
 
 class BadData(ValueError):
