@@ -13,6 +13,7 @@ Value = TypeVar("Value")
 
 PROFILES = {
     "t4": Profile(model="qwen2.5-0.5b", accelerator="t4", engine_args={"max_model_len": 9216}),
+    "h100": Profile(model="llama-3.1-8b", accelerator="h100", engine_args={"max_model_len": 16384}),
     "h200": Profile(model="llama-3.1-8b", accelerator="h200", engine_args={"max_model_len": 16384}),
 }
 
@@ -36,7 +37,7 @@ def lasting(campaign: str) -> Callable[..., float]:
     return seconds
 
 
-STAGES = {"t4": "g4dn", "h200": "p5en"}
+STAGES = {"t4": "g4dn", "h100": "p5en", "h200": "p5en"}
 
 
 @pytest.fixture

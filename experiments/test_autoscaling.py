@@ -27,6 +27,7 @@ LONG_ANSWERS = Shape(prompt_tokens=32, output_tokens=1024)
 # Requests/s above what one replica takes, and a queue that a client would hold without thinking of cold starts.
 RATES = {
     "t4": {"burst": 24.0, "spike": 20.0, "sustained": 6.0, "impatient": 240},
+    "h100": {"burst": 75.0, "spike": 65.0, "sustained": 16.0, "impatient": 750},
     "h200": {"burst": 90.0, "spike": 80.0, "sustained": 20.0, "impatient": 900},
 }
 IMPATIENCE_S = 60.0

@@ -8,9 +8,10 @@ from pytest_gpulab import Direct, Poisson, Ramp, Shape, Workload
 
 SHAPE = Shape(prompt_tokens=512, output_tokens=128)
 
-# Requests/s, and how many unanswered requests the client allows before it drops: 4 s of the burst.
+# Requests/s, and how many unanswered requests the client allows before it drops: 3 to 4 s of the burst.
 RATES = {
     "t4": {"start": 2, "steady": 8, "burst": 16, "outstanding": 64},
+    "h100": {"start": 10, "steady": 35, "burst": 45, "outstanding": 128},
     "h200": {"start": 10, "steady": 40, "burst": 60, "outstanding": 256},
 }
 
@@ -19,6 +20,10 @@ CAPS = {
         "constrained": {"max_num_seqs": 1, "max_num_batched_tokens": 2048},
         "limited": {"max_num_seqs": 8, "max_num_batched_tokens": 4096},
     },
+    "h100": {
+        "constrained": {"max_num_seqs": 8, "max_num_batched_tokens": 2048},
+        "limited": {"max_num_seqs": 32, "max_num_batched_tokens": 4096},
+    },
     "h200": {
         "constrained": {"max_num_seqs": 8, "max_num_batched_tokens": 2048},
         "limited": {"max_num_seqs": 32, "max_num_batched_tokens": 4096},
@@ -26,7 +31,7 @@ CAPS = {
 }
 
 
-@pytest.fixture(params=["steady", "burst"])
+@pytest.fixture
 def traffic(request, reference, lasting) -> Workload:
     """Steady traffic is ramped up and held, a burst comes at once."""
     rates = reference(RATES)
@@ -40,7 +45,8 @@ def traffic(request, reference, lasting) -> Workload:
 
 
 @pytest.mark.decision("scheduler", "Keep vLLM dynamic defaults for small steady and burst traffic (512/128)")
-@pytest.mark.parametrize("cap", ["constrained", "limited"])
+@pytest.mark.parametrize("traffic", ["steady", "burst"], indirect=True)
+@pytest.mark.parametrize("cap", ["constrained", "limited"])  # varies slowest: each cap is a server of its own
 def test_dynamic_defaults_against_caps(measure, profile, reference, traffic, cap):
     default = measure(traffic, profile, label=f"dynamic default, {traffic.arrivals.kind}")
     capped = measure(

@@ -12,11 +12,13 @@ SLO_P99_S = 5.0
 
 TRAFFIC = {
     "t4": {"steady": 8.0, "burst": 16.0, "outstanding": 64},
+    "h100": {"steady": 35.0, "burst": 45.0, "outstanding": 128},
     "h200": {"steady": 40.0, "burst": 60.0, "outstanding": 256},
 }
 
 LIMITED = {
     "t4": {"max_num_seqs": 8, "max_num_batched_tokens": 4096},
+    "h100": {"max_num_seqs": 32, "max_num_batched_tokens": 4096},
     "h200": {"max_num_seqs": 32, "max_num_batched_tokens": 4096},
 }
 

@@ -14,7 +14,11 @@ pytestmark = pytest.mark.evaluate
 SHAPE = Shape(prompt_tokens=512, output_tokens=128)
 
 # Requests/s that one replica serves well within its SLO, and that take several; and fewer places than those need.
-RATES = {"t4": {"calm": 4.0, "busy": 8.0, "places": 8}, "h200": {"calm": 20.0, "busy": 40.0, "places": 32}}
+RATES = {
+    "t4": {"calm": 4.0, "busy": 8.0, "places": 8},
+    "h100": {"calm": 16.0, "busy": 32.0, "places": 32},
+    "h200": {"calm": 20.0, "busy": 40.0, "places": 32},
+}
 FAULT_S = 120.0
 
 

@@ -14,6 +14,7 @@ BOUNDED = {"max_num_seqs": 32, "max_num_batched_tokens": 9216}
 # Requests/s: well within, the first rate that queues, and the range in which the knee is searched.
 RATES = {
     "t4": {"within": 0.75, "knee": 1.20, "beyond": 1.50, "low": 0.5, "high": 2.0},
+    "h100": {"within": 2.1, "knee": 2.6, "beyond": 3.0, "low": 2.1, "high": 3.0},
     "h200": {"within": 2.0, "knee": 3.2, "beyond": 3.6, "low": 2.0, "high": 3.6},
 }
 
@@ -26,7 +27,7 @@ def steady(lasting) -> Callable[[float], Workload]:
         return Workload(
             arrivals=Constant(rate=rate),
             shape=SHAPE,
-            duration_s=lasting(max(300.0, 150 / rate), rate, floor=150),
+            duration_s=lasting(max(300.0, 150 / rate), rate, floor=130),
             admission=Direct(max_outstanding=256),
         )
 

@@ -7,7 +7,7 @@ import pytest
 from pytest_gpulab import Constant, Direct, Poisson, Profile, Shape, Workload
 
 LONG = Shape(prompt_tokens=8192, output_tokens=300)
-RATES = {"t4": 1.0, "h200": 2.0}
+RATES = {"t4": 1.0, "h100": 1.6, "h200": 2.0}
 
 
 @pytest.mark.decision("kv-dtype", "FP8 KV keeps the delivery and the tokens/s of the baseline (8192/300)")

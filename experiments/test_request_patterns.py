@@ -15,6 +15,7 @@ UNEVEN = Mix(
 
 RATES = {
     "t4": {"steady": 6, "burst": 18, "uneven": 8, "spike": 20, "outstanding": 64},
+    "h100": {"steady": 25, "burst": 55, "uneven": 32, "spike": 65, "outstanding": 192},
     "h200": {"steady": 30, "burst": 70, "uneven": 40, "spike": 80, "outstanding": 256},
 }
 

@@ -26,7 +26,8 @@ ACCELERATORS = {
     for accelerator in (
         Accelerator("t4", 15_360 * 1024**2, "g4dn.xlarge", 0.526),
         Accelerator("l4", 23_034 * 1024**2, "g6.xlarge", 0.8048),
-        # One of eight GPUs, as an EC2 Capacity Block in us-east-2 (price list valid to the end of 2024).
+        # One of eight GPUs, as EC2 Capacity Blocks in us-east-2 (price list valid to the end of 2024).
+        Accelerator("h100", 81_559 * 1024**2, "p5.48xlarge", 4.916),
         Accelerator("h200", 143_771 * 1024**2, "p5en.48xlarge", 5.408),
         # One of eight GPUs.
         Accelerator("b200", 183_359 * 1024**2, "p6-b200.48xlarge", 113.93 / 8),

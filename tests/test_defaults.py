@@ -37,6 +37,20 @@ def test_kv_cache_of_an_h200_is_as_measured(model, args, tokens):
     assert kv_blocks(served) * 16 == pytest.approx(tokens, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("args", "tokens"),
+    [
+        ({}, 462_944),
+        ({"max_num_seqs": 32, "max_num_batched_tokens": 9216}, 462_816),
+        ({"max_num_seqs": 8, "max_num_batched_tokens": 2048}, 463_712),
+    ],
+)
+def test_kv_cache_of_an_h100_follows_from_its_memory(args, tokens):
+    """Sizes that vLLM 0.25.1 logged there; the formula's constants were found on the H200 alone."""
+    served = profile(accelerator="h100", max_model_len=16384, **args)
+    assert kv_blocks(served) * 16 == pytest.approx(tokens, rel=3e-3)
+
+
 def test_a_measured_reserve_replaces_the_formula():
     served = profile(gpu_memory_utilization=0.9)
     allowed = -(-find_accelerator("h200").memory_bytes * 9 // 10)
@@ -65,7 +79,13 @@ def test_an_override_counts_instead_of_memory():
 
 @pytest.mark.parametrize(
     ("accelerator", "limits"),
-    [("t4", (256, 2048)), ("l4", (256, 2048)), ("h200", (1024, 8192)), ("b200", (1024, 16384))],
+    [
+        ("t4", (256, 2048)),
+        ("l4", (256, 2048)),
+        ("h100", (1024, 8192)),
+        ("h200", (1024, 8192)),
+        ("b200", (1024, 16384)),
+    ],
 )
 def test_limits_follow_the_accelerator(accelerator, limits):
     assert scheduler_limits(find_accelerator(accelerator)) == limits

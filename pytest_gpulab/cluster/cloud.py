@@ -82,6 +82,7 @@ INSTANCE_TYPES: Final = (
     InstanceType("g4dn.2xlarge", 8, 32 * GIB, 1, "t4", 16384, 0.752),
     InstanceType("g4dn.12xlarge", 48, 192 * GIB, 4, "t4", 16384, 3.912),
     InstanceType("g6.xlarge", 4, 16 * GIB, 1, "l4", 22888, 0.8048),
+    InstanceType("p5.48xlarge", 192, 2048 * GIB, 8, "h100", 81920, 39.328),
     InstanceType("p5en.48xlarge", 192, 2048 * GIB, 8, "h200", 144384, 43.264),
     InstanceType("p6-b200.48xlarge", 192, 2048 * GIB, 8, "b200", 183296, 113.93),
 )

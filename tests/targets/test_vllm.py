@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pytest_gpulab.accelerators import ACCELERATORS
 from pytest_gpulab.experiment import Profile, Workload
 from pytest_gpulab.fleet import Fleet
 from pytest_gpulab.gates import TargetRefused
@@ -135,6 +136,7 @@ def test_a_cpu_is_no_gpu(machine: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "accelerator"),
     [
+        ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA H200", "h200"),
         ("NVIDIA H200 NVL", "h200"),
         ("Tesla T4", "t4"),
@@ -146,14 +148,26 @@ def test_a_gpu_is_known_by_its_name(machine: Path, name: str, accelerator: str) 
     (machine / "bin" / "nvidia-smi").write_text(f"#!/bin/sh\necho '{name}, 580.1'\n")
     gpu = find_gpu()
     assert gpu is not None
-    assert gpu.accelerators & {"t4", "l4", "h200", "b200"} == {accelerator}
+    assert gpu.accelerators & set(ACCELERATORS) == {accelerator}
 
 
-@pytest.mark.parametrize("name", ["NVIDIA GH200 480GB", "NVIDIA L40S", "NVIDIA H100 80GB HBM3"])
+@pytest.mark.parametrize("name", ["NVIDIA GH200 480GB", "NVIDIA L40S", "NVIDIA H20"])
 def test_a_similar_name_is_another_gpu(machine: Path, name: str) -> None:
     (machine / "bin" / "nvidia-smi").write_text(f"#!/bin/sh\necho '{name}, 580.1'\n")
     gpu = find_gpu()
-    assert gpu is not None and not gpu.accelerators & {"t4", "l4", "h200", "b200"}
+    assert gpu is not None and not gpu.accelerators & set(ACCELERATORS)
+
+
+def test_the_gpu_is_the_first_that_cuda_may_use(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two servers can share a machine with two GPUs, each pinned to its own."""
+    smi = '#!/bin/sh\ncase "$*" in *--id=0*) echo "Tesla T4, 1";; *--id=1*) echo "NVIDIA L4, 1";; esac\n'
+    (machine / "bin" / "nvidia-smi").write_text(smi)
+    found = {}
+    for visible in ("0", "1,0", "", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        gpu = find_gpu()
+        found[visible] = gpu and gpu.name
+    assert found == {"0": "Tesla T4", "1,0": "NVIDIA L4", "": None, "-1": None}
 
 
 def test_vllm_is_found_beside_its_command(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
