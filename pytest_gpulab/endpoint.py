@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -16,7 +16,8 @@ class Endpoint:
         api_key: bearer token of requests below /v1; None: sends none. Never shown.
         metrics_urls: pages in Prometheus' text format, one a server process; their counters and gauges are summed.
             Empty: the server shows none.
-        metrics_headers: sent with requests for metrics. Never shown.
+        metrics_headers: gives what is sent with a request for metrics; asked before each, because a token may be
+            good for minutes only. Never shown.
         metrics_ca: PEM file of the authority that signed for them; None: those that this machine trusts.
     """
 
@@ -24,7 +25,7 @@ class Endpoint:
     model: str
     api_key: str | None = field(default=None, repr=False)
     metrics_urls: tuple[str, ...] = ()
-    metrics_headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    metrics_headers: Callable[[], Mapping[str, str]] = field(default=dict, repr=False, compare=False)
     metrics_ca: str | None = None
 
     def __post_init__(self) -> None:

@@ -93,7 +93,7 @@ def serve(pool: Pool, objects: Sequence[Object], model: str, *, replicas: int = 
         model,
         pool.api_key,
         metrics_urls=tuple(_metrics_url(kube, pod) for pod in ready()),
-        metrics_headers=kube.headers,
+        metrics_headers=lambda: kube.headers,
         metrics_ca=kube.ca,
     )
     wait(
