@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -39,3 +41,15 @@ class Endpoint:
     def headers(self) -> dict[str, str]:
         """Headers of requests below /v1."""
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
+
+def distrust(url: str, failure: OSError) -> str:
+    """Why this machine does not trust the certificate of `url`, and what to do; empty if that is not what failed."""
+    reason = getattr(failure, "reason", failure)
+    if not isinstance(reason, ssl.SSLCertVerificationError):
+        return ""
+    return (
+        f"the certificate of {url} must be for that host and of an authority that this machine trusts, but: "
+        f"{reason.verify_message}. Let SSL_CERT_FILE name the PEM file of the authority that signed it (it is "
+        f"{os.environ.get('SSL_CERT_FILE') or 'not set'}), or give the server another certificate"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+from base64 import b64decode
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ OPTIONS = (
     "--gpulab-target=eks",
     "--gpulab-budget=20",
     f"--gpulab-accounts={ACCOUNT}",
-    "--gpulab-client-cidrs=203.0.113.7/32",
+    "--gpulab-client-cidrs=127.0.0.0/8",
     f"--gpulab-certificate={CERTIFICATE}",
     "--gpulab-hours=2",
     "--gpulab-campaign=quick",
@@ -51,6 +52,7 @@ STUDY = """
     def test_one_after_the_other(serving, gpu_pool):
         for profile in (PROFILE, PROFILE.with_engine_args(max_num_seqs=4), PROFILE):
             assert serving(profile).model == profile.model
+            assert serving(profile).url.startswith("https://")
             assert len(gpu_pool.kube.list("apps/v1", "Deployment", "gpulab", labels=VLLM)) == 1
 """
 DEAR = """
@@ -125,6 +127,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         authority = known["cluster"]["certificate-authority-data"]
         moto_eks.API_SERVER.update(endpoint=cluster.live.api.url, authority=authority)
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        (tmp_path / "authority.pem").write_bytes(b64decode(authority))  # of the load balancers too
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
         yield World(url, cluster)
 
 
