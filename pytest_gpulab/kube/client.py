@@ -204,9 +204,7 @@ def connect(kubeconfig: Path, folder: Path, *, speed: float = 1.0, retry_s: floa
     """
     configuration = Configuration()
     try:
-        load_kube_config(
-            config_file=str(kubeconfig), client_configuration=configuration, temp_file_path=str(folder)
-        )
+        load_kube_config(config_file=str(kubeconfig), client_configuration=configuration, temp_file_path=str(folder))
     except Exception as wrong:  # ConfigException, and whatever its parsers raise on a half-written file
         raise KubeError(f"{kubeconfig} must be a kubeconfig: {wrong}") from wrong
     configuration.retries = 0  # Kube repeats by itself; not False, with which this client chokes on TLS errors

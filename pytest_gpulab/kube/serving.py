@@ -199,7 +199,7 @@ def _metrics_url(kube: Kube, pod: Object) -> str:
 
 
 def _answers(endpoint: Endpoint) -> bool:
-    """Whether the public way leads to the model. WaitFailed when it is not to be trusted, which time does not heal."""
+    """Whether the public way leads to the model. WaitFailed when it is not trusted, which time does not heal."""
     request = urllib.request.Request(f"{endpoint.url}/v1/models", headers=endpoint.headers)
     try:
         with urllib.request.urlopen(request, timeout=_ANSWER_TIMEOUT_S) as answer:

@@ -145,7 +145,9 @@ class Ingresses:
     def _parameters(self, spec: dict[str, Any]) -> dict[str, Any]:
         """What the class of an Ingress says of its balancers."""
         found = self._store.find(INGRESS_CLASS, spec["ingressClassName"])
-        return at(self._store.find(INGRESS_CLASS_PARAMS, at(found, "spec.parameters.name", "")), "spec", {})
+        params = self._store.find(INGRESS_CLASS_PARAMS, at(found, "spec.parameters.name", ""))
+        said: dict[str, Any] = at(params, "spec", {})
+        return said
 
     def _delete(self, ref: Ref, ingress: Object) -> float | None:
         """The Ingress goes when its balancer is gone."""

@@ -89,7 +89,6 @@ class Edge:
         with _Counted(self, endpoint):
             return await forward(self._session, request, endpoint + request.raw_path, _forwarded(request), _page)
 
-
     def _lets_in(self, address: str | None) -> bool:
         return self.inbound is None or any(ip_address(address or "") in network for network in self.inbound)
 

@@ -80,7 +80,7 @@ async def serve(
 async def listening(
     app: web.Application, host: str, port: int, tls: ssl.SSLContext | None = None
 ) -> AsyncIterator[str]:
-    """The application on a socket, behind TLS if asked; gives its URL. Handlers are cancelled when their client leaves.
+    """The application on a socket, behind TLS if asked; gives its URL. A handler is cancelled when its client leaves.
 
     A context that ends with an exception or is cancelled is a process that was killed: its connections are cut.
     """

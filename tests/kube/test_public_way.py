@@ -90,7 +90,7 @@ def test_who_is_not_among_the_addresses_gets_no_answer(
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(authority))
     monkeypatch.setattr("pytest_gpulab.kube.serving.ANSWER_S", SPEED)
-    with pytest.raises(WaitFailed, match="waited for https://.*/v1/models to list"):
+    with pytest.raises(WaitFailed, match=r"waited for https://.*/v1/models to list"):
         served_to("203.0.113.0/24", cluster, ledger)
 
 
@@ -129,9 +129,11 @@ def test_a_certificate_of_another_host_is_not_trusted(tmp_path: Path, monkeypatc
     path = tmp_path / "authority.pem"
     path.write_bytes(certificates.authority)
     monkeypatch.setenv("SSL_CERT_FILE", str(path))
-    with listening(certificates, "127.0.0.1") as url:  # the host that it names
-        with urllib.request.urlopen(f"{url}/v1/models", timeout=10) as answer:
-            assert answer.status == 200
+    with (
+        listening(certificates, "127.0.0.1") as url,  # the host that it names
+        urllib.request.urlopen(f"{url}/v1/models", timeout=10) as answer,
+    ):
+        assert answer.status == 200
     with listening(certificates, "127.0.0.2") as url:
         said = refusal(url, tmp_path)
         assert "must be for that host" in said and "not valid for '127.0.0.2'" in said
