@@ -174,6 +174,8 @@ class ApiServer:
             if found["kind"] == "APIGroupDiscoveryList":
                 response.headers["Content-Type"] = discovery.AGGREGATED
             return response
+        if path == "/openapi/v2":
+            return web.Response(body=openapi.VERSION_2, content_type=openapi.VERSION_2_TYPE)
         specification = openapi.document(path, self.store.resources)
         return _json(specification) if specification is not None else None
 
