@@ -18,8 +18,8 @@ _KIND = "x-kubernetes-group-version-kind"
 
 
 VERSION_2 = b"\x0a\x032.0"
-"""`/openapi/v2` as protobuf: version 2.0, without definitions. kubectl reads it for the items of a `kind: List` alone,
-and checks those that it finds no definition for no further."""
+"""`/openapi/v2` as protobuf: version 2.0, without definitions. kubectl reads it for the items of a `kind: List` only,
+and checks no further those that it finds no definition for."""
 VERSION_2_TYPE = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf"
 
 
