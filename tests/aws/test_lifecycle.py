@@ -259,6 +259,14 @@ class TestFaults:
         moto_eks.FAIL_CREATION.clear()
         self.finishes(clients, clock, ledger)
 
+    def test_a_clock_that_is_wrong(self, clients, plan, clock, ledger, refuse):
+        said = "Signature expired: 20261125T200000Z is now earlier than 20261125T201500Z (20261125T202000Z - 5 min.)"
+        accept = refuse(clients("cloudformation"), "CreateStack", "SignatureDoesNotMatch", said)
+        with pytest.raises(AwsError, match=r"This machine's clock must agree with AWS's"):
+            bring_up(clients, plan, ledger, clock=clock)
+        accept()
+        self.finishes(clients, clock, ledger)
+
     @pytest.mark.parametrize("operation", ["CreateStack", "DescribeStacks"])
     def test_access_denied(self, clients, plan, clock, ledger, operation, refuse):
         accept = refuse(clients("cloudformation"), operation, "AccessDenied", "not allowed to")
@@ -340,6 +348,21 @@ def test_reap_needs_nothing_but_the_name(clients, plan, clock):
     reap_cluster(clients, "lab", REGION, clock=clock)
     assert everything(clients) == {}
     assert find_left(clients, site) == []
+
+
+def test_reap_leaves_a_cluster_alone_that_no_stack_of_the_lab_made(clients, plan, clock):
+    """Somebody's own, as one adopts it: there is no ledger of it here, and its machines carry its name."""
+    make_cluster(clients, make_plan("other"), clock)  # for its network
+    subnets = find_cluster(clients, "other")["resourcesVpcConfig"]["subnetIds"]
+    role = clients("iam").create_role(RoleName="theirs", AssumeRolePolicyDocument="{}")["Role"]["Arn"]
+    clients("eks").create_cluster(name="theirs", roleArn=role, resourcesVpcConfig={"subnetIds": subnets})
+    plant_leftovers(clients, "theirs")
+    before = everything(clients)
+    with pytest.raises(
+        AwsError, match="no stack of the lab made the EKS cluster theirs, so nothing of it is removed"
+    ):
+        reap_cluster(clients, "theirs", REGION, clock=clock)
+    assert everything(clients) == before
 
 
 def test_reap_after_the_switch_has_fired(clients, plan, clock, monkeypatch):
