@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.kube.project import CONFTEST, Project
-from tests.load.golden import golden_server
+from tests.load.golden import golden_server, truth
 
 LONG = """
     import pytest
@@ -30,11 +30,11 @@ generator._PROGRESS_S = 1.0
 """
 
 
-def interrupted(tmp_path: Path, target: str, *options: str) -> tuple[Project, float]:
+def interrupted(tmp_path: Path, target: str, *options: str, **environment: str) -> tuple[Project, float]:
     """A session of the target that SIGINT has ended while it loaded, and how many seconds that took."""
     project = Project(tmp_path / "p", LONG, CONFTEST + SHOWN_SOON)
     given = (f"--gpulab-target={target}", "--gpulab-accelerator=t4", "--gpulab-campaign=quick", *options)
-    with project.start("-s", *given) as session:
+    with project.start("-s", *given, **environment) as session:
         assert session.stdout is not None
         said = []
         for line in session.stdout:
@@ -48,7 +48,7 @@ def interrupted(tmp_path: Path, target: str, *options: str) -> tuple[Project, fl
         took_s = time.time() - pressed
     (saved,) = (project.folder / "reports" / target / "interrupted").glob("*.npz")
     assert saved.stat().st_mtime - pressed < 2.0
-    assert saved.name in "".join(said)
+    assert saved.name in "".join(said) and "planted-key" not in "".join(said)
     record = json.loads((project.folder / "reports" / "decision-record.partial.json").read_text())
     (decision,) = record["decisions"]
     assert decision["verdict"] == "open"
@@ -58,10 +58,16 @@ def interrupted(tmp_path: Path, target: str, *options: str) -> tuple[Project, fl
 
 @pytest.mark.slow
 def test_an_endpoint(tmp_path: Path) -> None:
+    """What is kept of the run, the reports and the tests' own HTML show no key."""
+    reports = ("--html=reports/index.html", "--self-contained-html", "--junitxml=reports/junit.xml")
     with golden_server() as url:
         serves = "--gpulab-endpoint-serves=--model qwen2.5-0.5b --max-model-len 9216"
-        _, took_s = interrupted(tmp_path, "endpoint", f"--gpulab-endpoint={url}", serves)
+        given = (f"--gpulab-endpoint={url}", serves, *reports)
+        project, took_s = interrupted(tmp_path, "endpoint", *given, GPULAB_API_KEY="planted-key")
+        assert {sent for one in truth(url) for sent in one["authorization"]} == {"Authorization: Bearer planted-key"}
     assert took_s < 2.0
+    assert (project.folder / "reports" / "index.html").exists()
+    assert project.holding("planted-key") == []
 
 
 @pytest.mark.slow
