@@ -6,9 +6,11 @@ import ast
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.ec2.models import ec2_backends
 
@@ -202,6 +204,32 @@ def test_the_scan_lists_what_is_left_and_its_cost(clients, plan, clock):
     assert found["volume"].usd_per_hour == pytest.approx(20 * 0.08 / 730)
     with pytest.raises(leaks.LeakError, match=r"(?s)resources are left.*load balancer .*0\.0225 USD/h"):
         leaks.require_none(clients, site_of(plan), deadline_s=60, clock=clock)
+
+
+def test_a_load_balancer_that_goes_while_one_looks_hides_no_other(clients, plan, clock, monkeypatch):
+    """Listed a moment ago and gone since: AWS then tells no tags of the others that were asked about with it."""
+    make_cluster(clients, plan, clock)
+    plant_leftovers(clients)
+    elb = clients("elbv2")
+    balancer = elb.describe_load_balancers()["LoadBalancers"][0]
+    gone = balancer["LoadBalancerArn"].replace("k8s-alb", "gone")
+    pages = [{"LoadBalancers": [{"LoadBalancerArn": gone}, balancer]}]
+    paginator = elb.get_paginator
+
+    def listed(operation: str) -> Any:
+        stale = SimpleNamespace(paginate=lambda: pages)
+        return stale if operation == "describe_load_balancers" else paginator(operation)
+
+    def described(ResourceArns: list[str]) -> Any:  # moto forgives
+        if gone in ResourceArns:
+            raise ClientError({"Error": {"Code": "LoadBalancerNotFound", "Message": "gone"}}, "DescribeTags")
+        return describe_tags(ResourceArns=ResourceArns)
+
+    describe_tags = elb.describe_tags
+    monkeypatch.setattr(elb, "describe_tags", described)
+    monkeypatch.setattr(elb, "get_paginator", listed)
+    found = [leak.id for leak in leaks.scan(clients, site_of(plan)) if leak.kind == "load balancer"]
+    assert found == [balancer["LoadBalancerArn"]]
 
 
 def test_a_load_balancer_that_lets_go_late_is_waited_for(clients, plan, clock, refuse):

@@ -18,13 +18,12 @@ from pytest_gpulab.aws import lifecycle
 from pytest_gpulab.aws.clients import Clients, make_clients
 from pytest_gpulab.aws.stack import REAL_TIME
 from tests.aws import moto_eks
-from tests.aws.account import account
+from tests.aws.account import CERTIFICATE, account, plant_certificate
 from tests.aws.conftest import ACCOUNT, REGION, SECRET, SESSION_TOKEN, make_plan
 from tests.aws.test_lifecycle import everything
 from tests.kube.project import CONFTEST, Project, until
 from tests.kube.running import Running, running
 
-CERTIFICATE = f"arn:aws:acm:{REGION}:{ACCOUNT}:certificate/1"
 OPTIONS = (
     "--gpulab-target=eks",
     "--gpulab-budget=20",
@@ -294,6 +293,18 @@ def test_a_machine_that_aws_does_not_have_costs_nothing(world: World, project: C
     assert "1 passed" not in output
     assert "making the EKS cluster" not in output
     assert world.is_empty()
+
+
+@pytest.mark.slow
+def test_a_certificate_that_will_not_do_costs_nothing(world: World, project: Callable[..., Project]) -> None:
+    plant_certificate(f"{CERTIFICATE}2", "models.example.org")
+    stays = project(STAYS)
+    status, output = stays.run(*OPTIONS, f"--gpulab-certificate={CERTIFICATE}2")
+    assert status == 1, output
+    assert "but is for models.example.org" in output
+    assert "making the EKS cluster" not in output
+    assert world.is_empty()
+    assert stays.left() == []
 
 
 @pytest.mark.parametrize(
