@@ -183,8 +183,8 @@ class Scraper:
 
     async def _pages(self, timeout_s: float) -> list[bytes | None]:
         try:
-            headers = await asyncio.to_thread(self._headers)  # credentials may be renewed over the network
-        except OSError:
+            headers = self._headers()  # a token is signed in less than a millisecond
+        except OSError:  # no credentials any more
             return [None] * len(self._servers)
         return list(await asyncio.gather(*(self._page(server.url, headers, timeout_s) for server in self._servers)))
 
