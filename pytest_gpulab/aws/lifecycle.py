@@ -110,19 +110,25 @@ def remove_cluster(clients: Clients, site: Site, clock: Clock = REAL_TIME) -> li
     Raises:
         AwsError: something is left, or is not the site's; the switch stays armed while the stack is there.
     """
-    found = [stack.find(clients, name) for name in (site.name, switch.guard_name(site.name))]
-    cluster, guard = (_require_ours(one, site) for one in found)
+    cluster, guard = find_stacks(clients, site)
     if cluster is not None:
         _delete_stack(clients, site, cluster.id, clock)
-    elif find_cluster(clients, site.name) is not None:
-        raise AwsError(
-            f"no stack of the lab made the EKS cluster {site.name}, so nothing of it is removed. What a run left in "
-            f"a cluster that it adopted has the label {RUN_TAG}; the machine with the ledger can reap it"
-        )
     _require_nothing(clients, site, clock)
     if guard is not None:
         switch.disarm(clients, guard.id, clock)
     return [f"stack {one.name}" for one in (cluster, guard) if one is not None]
+
+
+def find_stacks(clients: Clients, site: Site) -> tuple[stack.Stack | None, stack.Stack | None]:
+    """The stacks of the site's cluster and of its switch. AwsError if what has the name is not the site's."""
+    found = [stack.find(clients, name) for name in (site.name, switch.guard_name(site.name))]
+    cluster, guard = (_require_ours(one, site) for one in found)
+    if cluster is None and find_cluster(clients, site.name) is not None:
+        raise AwsError(
+            f"no stack of the lab made the EKS cluster {site.name}, so nothing of it is removed. What a run left in "
+            f"a cluster that it adopted has the label {RUN_TAG}; the machine with the ledger can reap it"
+        )
+    return cluster, guard
 
 
 def _require_nothing(clients: Clients, site: Site, clock: Clock) -> None:

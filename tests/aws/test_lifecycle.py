@@ -391,6 +391,8 @@ def test_reap_leaves_a_cluster_alone_that_no_stack_of_the_lab_made(clients, plan
     ):
         reap_cluster(clients, "theirs", REGION, clock=clock)
     assert everything(clients) == before
+    with pytest.raises(AwsError, match="no stack of the lab"):  # nor is it shown as something left
+        find_left(clients, find_site(clients, "theirs", REGION))
 
 
 def test_reap_after_the_switch_has_fired(clients, plan, clock, monkeypatch):
