@@ -15,6 +15,7 @@ from pytest_gpulab.lab import Repeat
 from pytest_gpulab.measurement import Measurement
 from pytest_gpulab.record import Decision, Evidence, Record
 from pytest_gpulab.run_store import Question, RunStore
+from pytest_gpulab.targets import Target
 
 if TYPE_CHECKING:
     import pytest
@@ -40,8 +41,30 @@ def announcer(tell: Callable[[str], None]) -> Callable[[Sequence[Repeat]], None]
     return announce
 
 
-def forecast(config: pytest.Config, store: RunStore) -> str:
+def forecast(config: pytest.Config, store: RunStore, target: Target) -> str:
     """What the session that `config` describes will measure, in a line: the simulator plays it through first."""
+    records = _played_through(config)
+    if not records:
+        return "no forecast: the simulator could not play the session through, or took too long"
+    planned = list(chain.from_iterable(map(_questions, records)))
+    missing = [question for question in planned if not store.servers(question)]
+    served = [question for question in missing if target.server(question.profile)]
+    measured = len(planned) - len(missing)
+    blocked = len(missing) - len(served)
+    others = f"; {blocked} more are of profiles that this target cannot serve" if blocked else ""
+    if not served:
+        return (
+            f"nothing is left to measure, if the simulator is right about what the gates need: {measured} runs are "
+            f"already measured{others}"
+        )
+    return (
+        f"the campaign is about {time_text(estimate_s(served))}, if the simulator is right about what its gates "
+        f"need: {len(served)} runs, {measured} are already measured{others}"
+    )
+
+
+def _played_through(config: pytest.Config) -> list[Record]:
+    """What the simulator makes of the session; empty if it could not."""
     with TemporaryDirectory(prefix="gpulab-plan-") as folder:
         options = ["--gpulab-target=plan", f"--gpulab-report-dir={folder}", "--gpulab-gate="]
         if config.pluginmanager.has_plugin("cacheprovider"):
@@ -54,22 +77,8 @@ def forecast(config: pytest.Config, store: RunStore) -> str:
                 command, cwd=config.invocation_params.dir, capture_output=True, timeout=_PLANNING_LIMIT_S, check=False
             )
         except subprocess.TimeoutExpired:
-            return "no forecast: the simulator took too long"
-        records = [
-            Record.model_validate_json(path.read_bytes()) for path in Path(folder).glob("decision-record*.json")
-        ]
-    if not records:
-        return "no forecast: the simulator could not play the session through"
-    planned = list(chain.from_iterable(map(_questions, records)))
-    missing = [question for question in planned if not store.servers(question)]
-    if not missing:
-        return (
-            f"all {len(planned)} runs that the gates need are already measured, if the simulator is right about them"
-        )
-    return (
-        f"the campaign is about {time_text(estimate_s(missing))}, if the simulator is right about what its gates "
-        f"need: {len(missing)} runs, {len(planned) - len(missing)} are already measured"
-    )
+            return []
+        return [Record.model_validate_json(path.read_bytes()) for path in Path(folder).glob("decision-record*.json")]
 
 
 def _questions(record: Record) -> list[Question]:

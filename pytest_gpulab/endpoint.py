@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import ssl
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -16,7 +18,8 @@ class Endpoint:
         api_key: bearer token of requests below /v1; None: sends none. Never shown.
         metrics_urls: pages in Prometheus' text format, one a server process; their counters and gauges are summed.
             Empty: the server shows none.
-        metrics_headers: sent with requests for metrics. Never shown.
+        metrics_headers: gives what is sent with a request for metrics; asked before each, because a token may be
+            good for minutes only. Never shown.
         metrics_ca: PEM file of the authority that signed for them; None: those that this machine trusts.
     """
 
@@ -24,7 +27,7 @@ class Endpoint:
     model: str
     api_key: str | None = field(default=None, repr=False)
     metrics_urls: tuple[str, ...] = ()
-    metrics_headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    metrics_headers: Callable[[], Mapping[str, str]] = field(default=dict, repr=False, compare=False)
     metrics_ca: str | None = None
 
     def __post_init__(self) -> None:
@@ -38,3 +41,15 @@ class Endpoint:
     def headers(self) -> dict[str, str]:
         """Headers of requests below /v1."""
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
+
+def distrust(url: str, failure: OSError) -> str:
+    """Why this machine does not trust the certificate of `url`, and what to do; empty if that is not what failed."""
+    reason = getattr(failure, "reason", failure)
+    if not isinstance(reason, ssl.SSLCertVerificationError):
+        return ""
+    return (
+        f"the certificate of {url} must be for that host and of an authority that this machine trusts, but: "
+        f"{reason.verify_message}. Let SSL_CERT_FILE name the PEM file of the authority that signed it (it is "
+        f"{os.environ.get('SSL_CERT_FILE') or 'not set'}), or give the server another certificate"
+    )

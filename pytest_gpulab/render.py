@@ -185,11 +185,11 @@ def _only(kind: str, objects: Iterable[Object]) -> Object:
 
 
 def _open_to(public: PublicAccess) -> Object:
+    """With a certificate the controller listens on HTTPS 443 alone; Auto Mode's guide does not know `listeners`."""
     return {
         "scheme": "internet-facing",
         "inboundCIDRs": list(public.cidrs),
         "certificateARNs": [public.certificate_arn],
-        "listeners": [{"port": 443, "protocol": "HTTPS"}],
     }
 
 

@@ -118,7 +118,10 @@ class SharedPool:
 
         if self._heeds:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending already
-        self.problems = self._end_run(Ledger(self._path))
+        try:
+            self.problems = self._end_run(Ledger(self._path))
+        except KeyboardInterrupt:  # once more, by somebody who does not want to wait: what is left has a ledger
+            self.problems = ["the teardown was interrupted before its end"]
 
     def _heed_sigterm(self) -> None:
         """Turn SIGTERM into an orderly end of the session while there is a pool; the owner hears it."""
@@ -129,6 +132,10 @@ class SharedPool:
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         if self._path.exists():
+            on_interrupt = signal.getsignal(signal.SIGINT)
+            if callable(on_interrupt) and on_interrupt is not signal.default_int_handler:
+                on_interrupt(signal.SIGINT, frame)  # a load is running, which ends with what there is of it
+                return
             raise KeyboardInterrupt(self._reason or "SIGTERM")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), number)

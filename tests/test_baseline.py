@@ -194,6 +194,19 @@ def test_baseline_of_a_narrowed_session_is_refused(project: Project) -> None:
     result.stderr.fnmatch_lines(["*did not run the whole catalog (-k test_a)*"])
 
 
+@pytest.mark.parametrize("ended", ["-x", "Ctrl-C"])
+def test_baseline_of_a_session_that_was_cut_short_is_refused(project: Project, ended: str) -> None:
+    text = studies(a="rejected", b="supported")
+    if ended == "Ctrl-C":
+        text += "\n\ndef test_z():\n    raise KeyboardInterrupt\n\n\ndef test_zz():\n    pass\n"
+    project.write(text)
+    project.run("-x") if ended == "-x" else project.spawn()  # an inner KeyboardInterrupt would end this session too
+    assert not (project.path / "reports" / "decision-record.json").exists()
+    result = project.run("--gpulab-gate=reports/decision-record.partial.json")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*did not run the whole catalog (*"])
+
+
 def test_baseline_folder_is_refused(project: Project) -> None:
     result = project.write(studies(a="supported")).run("--gpulab-gate=.")
     assert result.ret == pytest.ExitCode.USAGE_ERROR

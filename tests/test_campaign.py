@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,6 +25,11 @@ TRAFFIC = Workload(arrivals=Poisson(rate=8), shape=Shape(prompt_tokens=512, outp
 def test_limit(measure):
     free, one = measure(TRAFFIC, SERVED), measure(TRAFFIC, SERVED.with_engine_args(max_num_seqs=1))
     assert free.p95 <= 0.5 * one.p95
+
+@pytest.mark.decision("other", "What another machine may answer")
+def test_other(measure):
+    small = Workload(arrivals=Poisson(rate=4), shape=Shape(prompt_tokens=128, output_tokens=16), duration_s=20)
+    assert measure(small, Profile(model="llama-3.1-8b", accelerator="h200")).delivery_ratio >= 0.999
 
 @pytest.mark.decision("fleet", "What no single server can answer")
 def test_fleet(measure):
@@ -61,26 +67,32 @@ def test_times_read_well(seconds: float, text: str) -> None:
 
 @pytest.mark.slow
 def test_a_session_is_played_through_first(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two arms of six repeats of 20 s, three server starts; with two of the runs stored there are ten left."""
+    """Two arms of six repeats of 20 s, three server starts; with two of the runs stored there are ten left.
+
+    Nobody measures here what is for another machine; the fleet's runs are not even planned.
+    """
     pytester.makepyfile(test_study=STUDY)
     config = pytester.parseconfigure(
         "--gpulab-target=vllm", "--gpulab-campaign=quick", f"--rootdir={pytester.path}", str(pytester.path)
     )
     store = RunStore(Path(pytester.path, "runs"))
-    assert forecast(config, store) == (
+    target = SimpleNamespace(server=lambda profile: "vllm" if profile.accelerator == "t4" else "")
+    assert forecast(config, store, target) == (
         "the campaign is about 9 min, if the simulator is right about what its gates need: "
-        "12 runs, 0 are already measured"
+        "12 runs, 0 are already measured; 6 more are of profiles that this target cannot serve"
     )
     for seed in (0, 1):
         store.save(Question(TRAFFIC, SERVED, seed), known_run(1.0, seed=seed))
-    assert "10 runs, 2 are already measured" in forecast(config, store)
+    assert "10 runs, 2 are already measured; 6 more" in forecast(config, store, target)
+    target.server = lambda profile: ""
+    assert "nothing is left to measure" in forecast(config, store, target)
     assert not Path(pytester.path, "reports").exists()
 
 
 def test_a_plan_that_fails_is_no_forecast(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pytest_gpulab.campaign.sys.executable", "false")
     config = pytester.parseconfigure("--gpulab-target=vllm")
-    assert forecast(config, RunStore(pytester.path)).startswith("no forecast: ")
+    assert forecast(config, RunStore(pytester.path), SimpleNamespace()).startswith("no forecast: ")
 
 
 @pytest.mark.parametrize("capture", ["fd", "sys", "no"])

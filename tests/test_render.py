@@ -231,7 +231,7 @@ def test_the_load_balancer_is_public_only_with_a_certificate_and_addresses():
     public = params(public=render.PublicAccess("arn:aws:acm:us-west-2:1:certificate/c", ("192.0.2.0/24",)))
     assert problems(public) == []
     assert public["spec"]["scheme"] == "internet-facing" and public["spec"]["inboundCIDRs"] == ["192.0.2.0/24"]
-    assert public["spec"]["listeners"] == [{"port": 443, "protocol": "HTTPS"}]
+    assert public["spec"]["certificateARNs"] == ["arn:aws:acm:us-west-2:1:certificate/c"]
     for certificate, cidrs in (("", ("192.0.2.0/24",)), ("arn", ())):
         with pytest.raises(ValueError, match="certificate"):
             render.PublicAccess(certificate, cidrs)

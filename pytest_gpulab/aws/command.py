@@ -9,6 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 
 TEMPLATES = ("cluster.yaml", "guard.yaml")
+POLICY = "caller-policy.json"
+"""What the caller of all of it must be allowed."""
 
 
 def add_eks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -17,7 +19,7 @@ def add_eks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "render",
         help="write what a target would create, without creating it",
         description="Writes the CloudFormation templates and every Kubernetes manifest of a target, as they would be "
-        "reviewed or applied by hand. Needs no credentials and no network.",
+        "reviewed or applied by hand, and the IAM policy that the caller needs. Needs no credentials and no network.",
     )
     render.add_argument("--target", required=True, choices=["eks"], help="which target")
     render.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="made if it is not there")
@@ -68,7 +70,7 @@ def _reap(options: argparse.Namespace) -> int:
 def _render(options: argparse.Namespace) -> int:
     from pytest_gpulab.render import manifest_files
 
-    written = [_copy("pytest_gpulab.aws", name, options.output) for name in TEMPLATES]
+    written = [_copy("pytest_gpulab.aws", name, options.output) for name in (*TEMPLATES, POLICY)]
     manifests = options.output / "manifests"
     written += [_copy("pytest_gpulab.manifests", f"{name}.yaml", manifests) for name in manifest_files()]
     print("\n".join(map(str, written)))

@@ -10,6 +10,8 @@ _EXPIRED = {
     *("InvalidClientTokenId", "UnrecognizedClientException", "AuthFailure"),
 }
 _DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "Client.UnauthorizedOperation"}
+_SKEWED = ("Signature expired", "Signature not yet current")
+"""In the message of a request that was signed at another time than AWS's."""
 _THROTTLED = {"Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequestsException"}
 
 
@@ -49,6 +51,8 @@ def error_code(refusal: Exception) -> str:
 
 def _refused(doing: str, code: str, message: str) -> AwsError:
     said = f"{doing}: AWS said {code}: {message.rstrip('.')}."
+    if any(words in message for words in _SKEWED):
+        return AwsError(f"{said} This machine's clock must agree with AWS's within minutes: set it, then repeat.")
     if code in _EXPIRED:
         return CredentialsError(f"{said} The credentials are not valid any more: sign in, then repeat the command.")
     if code in _DENIED:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pytest_gpulab.aws import prices
 from pytest_gpulab.aws.clients import Clients
-from pytest_gpulab.aws.errors import AwsError, CredentialsError, explained
+from pytest_gpulab.aws.errors import AwsError, CredentialsError, error_code, explained
 from pytest_gpulab.aws.ledger import Site
 from pytest_gpulab.aws.stack import CLUSTER_TAG, REAL_TIME, RUN_TAG, Clock
 
@@ -219,8 +219,20 @@ def _tagged(clients: Clients, operation: str, key: str, arn: str, tags: Mapping[
         arns = [one[arn] for page in elb.get_paginator(operation).paginate() for one in page[key]]
         found = []
         for start in range(0, len(arns), _TAGGED_AT_ONCE):
-            described = elb.describe_tags(ResourceArns=arns[start : start + _TAGGED_AT_ONCE])
-            for one in described["TagDescriptions"]:
+            for one in _described(elb, arns[start : start + _TAGGED_AT_ONCE]):
                 if any(tags.get(tag["Key"]) == tag["Value"] for tag in one["Tags"]):
                     found.append(str(one["ResourceArn"]))
+    return found
+
+
+def _described(elb: Any, arns: Sequence[str]) -> list[Any]:
+    """Tags of those that are still there. AWS answers for none of them if one has gone since they were listed."""
+    from botocore.exceptions import ClientError
+
+    try:
+        found: list[Any] = elb.describe_tags(ResourceArns=list(arns))["TagDescriptions"]
+    except ClientError as refusal:
+        if not error_code(refusal).endswith("NotFound"):
+            raise
+        return [tags for arn in arns for tags in _described(elb, [arn])] if len(arns) > 1 else []
     return found

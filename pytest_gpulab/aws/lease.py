@@ -9,7 +9,6 @@ from typing import Final
 
 from pytest_gpulab import render
 from pytest_gpulab.aws import lifecycle
-from pytest_gpulab.aws.auth import connect
 from pytest_gpulab.aws.billing import Bill, BudgetError
 from pytest_gpulab.aws.clients import Clients
 from pytest_gpulab.aws.cluster import machines_of, require_usable
@@ -86,7 +85,7 @@ class Lease:
         kube = lifecycle.bring_up(self._clients, self.plan, self._ledger)
         cluster = require_usable(self._clients, self.plan.request.name)
         self._machines = machines_of(cluster)
-        self._kube = connect(self._clients, cluster, self._ledger.folder)
+        self._kube = lifecycle.enter(self._clients, cluster, self._ledger)
         self._guard = make_guard(self._clients, self.plan, started)
         threading.Thread(target=self._keep, args=(self._guard, self._kube), daemon=True).start()
         return kube

@@ -7,7 +7,7 @@ import time
 from pytest_gpulab.aws import leaks, stack, switch
 from pytest_gpulab.aws.auth import connect, write_kubeconfig
 from pytest_gpulab.aws.clients import Clients
-from pytest_gpulab.aws.cluster import Cluster, require_usable
+from pytest_gpulab.aws.cluster import Cluster, find_cluster, require_usable
 from pytest_gpulab.aws.errors import AwsError
 from pytest_gpulab.aws.ledger import ClusterLedger, Site
 from pytest_gpulab.aws.preflight import Plan
@@ -43,11 +43,11 @@ def bring_up(clients: Clients, plan: Plan, ledger: ClusterLedger, *, clock: Cloc
         make_cluster(clients, plan, clock)
     cluster = require_usable(clients, plan.request.name)
     write_kubeconfig(cluster, plan.request.region, ledger.kubeconfig)
-    return _connect(clients, cluster, ledger, clock)
+    return enter(clients, cluster, ledger, clock)
 
 
-def _connect(clients: Clients, cluster: Cluster, ledger: ClusterLedger, clock: Clock) -> Kube:
-    """A new cluster's name and access entries take a while to be known everywhere."""
+def enter(clients: Clients, cluster: Cluster, ledger: ClusterLedger, clock: Clock = REAL_TIME) -> Kube:
+    """A connection. A new cluster's name and access entries take a while to be known to all of its API servers."""
     end = clock.now() + CONNECT_S
     while True:
         try:
@@ -110,14 +110,25 @@ def remove_cluster(clients: Clients, site: Site, clock: Clock = REAL_TIME) -> li
     Raises:
         AwsError: something is left, or is not the site's; the switch stays armed while the stack is there.
     """
-    found = [stack.find(clients, name) for name in (site.name, switch.guard_name(site.name))]
-    cluster, guard = (_require_ours(one, site) for one in found)
+    cluster, guard = find_stacks(clients, site)
     if cluster is not None:
         _delete_stack(clients, site, cluster.id, clock)
     _require_nothing(clients, site, clock)
     if guard is not None:
         switch.disarm(clients, guard.id, clock)
     return [f"stack {one.name}" for one in (cluster, guard) if one is not None]
+
+
+def find_stacks(clients: Clients, site: Site) -> tuple[stack.Stack | None, stack.Stack | None]:
+    """The stacks of the site's cluster and of its switch. AwsError if what has the name is not the site's."""
+    found = [stack.find(clients, name) for name in (site.name, switch.guard_name(site.name))]
+    cluster, guard = (_require_ours(one, site) for one in found)
+    if cluster is None and find_cluster(clients, site.name) is not None:
+        raise AwsError(
+            f"no stack of the lab made the EKS cluster {site.name}, so nothing of it is removed. What a run left in "
+            f"a cluster that it adopted has the label {RUN_TAG}; the machine with the ledger can reap it"
+        )
+    return cluster, guard
 
 
 def _require_nothing(clients: Clients, site: Site, clock: Clock) -> None:

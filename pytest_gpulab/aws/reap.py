@@ -6,7 +6,7 @@ from pytest_gpulab.aws import leaks, stack, switch
 from pytest_gpulab.aws.clients import Clients, make_clients
 from pytest_gpulab.aws.errors import AwsError, explained
 from pytest_gpulab.aws.ledger import ClusterLedger, Site, clusters_folder
-from pytest_gpulab.aws.lifecycle import remove_cluster, tear_down
+from pytest_gpulab.aws.lifecycle import find_stacks, remove_cluster, tear_down
 from pytest_gpulab.aws.stack import REAL_TIME, RUN_TAG, Clock
 
 
@@ -34,8 +34,7 @@ def reap(name: str, region: str | None, *, act: bool) -> int:
 
 def find_left(clients: Clients, site: Site) -> list[str]:
     """What is left of a site, one line each: its stacks, then what carries its tags, with its cost."""
-    names = () if site.adopted else (site.name, switch.guard_name(site.name))
-    found = [stack.find(clients, name) for name in names]
+    found = () if site.adopted else find_stacks(clients, site)
     stacks = [f"stack {one.name} ({one.status})" for one in found if one is not None]
     return [*stacks, *map(str, leaks.scan(clients, site))]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -23,6 +24,8 @@ _QUOTAS: dict[tuple[str, CapacityType], tuple[str, str]] = {
     ("p", "spot"): ("L-7212CCBC", "All P Spot Instance Requests"),
 }
 """Code and name of the EC2 quota, in vCPUs, of a family's first letter."""
+_SHARING = {"g": ["g*", "vt*"], "p": ["p*"]}
+"""Patterns of the instance types that share a family's quotas."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,28 @@ def _shortage(clients: Clients, need: Need, vcpus: int, capacity: CapacityType) 
     with explained(f"asking for the quota {name!r}"):
         quota = clients("service-quotas").get_service_quota(ServiceCode="ec2", QuotaCode=code)["Quota"]["Value"]
     wanted = need.nodes * vcpus
-    if quota >= wanted:
+    used = _vcpus_in_use(clients, family, capacity) if quota >= wanted else 0
+    if quota - used >= wanted:
         return None
-    return f"the quota {name!r} ({code}) is {quota:g} vCPUs, but {need.nodes} of them need {wanted}: ask for more"
+    taken = f", {used} of them in use," if used else ","
+    asked = f"{need.nodes} machines need" if need.nodes > 1 else "1 machine needs"
+    return f"the quota {name!r} ({code}) is {quota:g} vCPUs{taken} but {asked} {wanted}: ask for more"
+
+
+def _vcpus_in_use(clients: Clients, family: str, capacity: CapacityType) -> int:
+    """vCPUs of the machines that run now and count against a quota. Unused capacity reservations do so too, but are
+    not looked for."""
+    states = ["pending", "running", "shutting-down", "stopping"]
+    filters = [
+        {"Name": "instance-type", "Values": _SHARING[family]},
+        {"Name": "instance-state-name", "Values": states},
+    ]
+    with explained(f"asking which machines of the family {family} run"):
+        pages = clients("ec2").get_paginator("describe_instances").paginate(Filters=filters)
+        machines = [one for page in pages for group in page["Reservations"] for one in group["Instances"]]
+    lifecycle = "spot" if capacity == "spot" else None  # a Capacity Block's is its own, and has no such quota
+    counted = Counter(one["InstanceType"] for one in machines if one.get("InstanceLifecycle") == lifecycle)
+    return sum(number * _size(clients, kind)[0] for kind, number in counted.items())
 
 
 def _price(

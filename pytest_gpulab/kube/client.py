@@ -197,14 +197,14 @@ class Kube:
 
 
 def connect(kubeconfig: Path, folder: Path, *, speed: float = 1.0, retry_s: float = RETRY_S) -> Kube:
-    """A connection as the kubeconfig's current context says, TLS and all.
+    """A connection as the kubeconfig's current context says, TLS and all; its certificates are copied to `folder`.
 
     Raises:
         KubeError: the file is no kubeconfig, or the API server does not answer within `retry_s` seconds.
     """
     configuration = Configuration()
     try:
-        load_kube_config(config_file=str(kubeconfig), client_configuration=configuration)
+        load_kube_config(config_file=str(kubeconfig), client_configuration=configuration, temp_file_path=str(folder))
     except Exception as wrong:  # ConfigException, and whatever its parsers raise on a half-written file
         raise KubeError(f"{kubeconfig} must be a kubeconfig: {wrong}") from wrong
     configuration.retries = 0  # Kube repeats by itself; not False, with which this client chokes on TLS errors

@@ -7,7 +7,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from pytest_gpulab.endpoint import Endpoint
+from pytest_gpulab.endpoint import Endpoint, distrust
 from pytest_gpulab.kube.apply import apply
 from pytest_gpulab.kube.client import Kube
 from pytest_gpulab.kube.nodes import gpu_capacity, gpu_claims, wait_for_zero
@@ -29,7 +29,6 @@ ANSWER_S: Final = 600.0
 
 _ANSWER_TIMEOUT_S: Final = 10.0
 _AUTOSCALER: Final = "HorizontalPodAutoscaler"
-_USUAL: Final = (("http", 80), ("https", 443))
 
 
 class NoCapacity(WaitFailed):
@@ -80,11 +79,11 @@ def serve(pool: Pool, objects: Sequence[Object], model: str, *, replicas: int = 
     )
     # Not before: it would see idle replicas next to those that are still loading, and take these away.
     apply(kube, pool.ledger, [obj for obj in objects if obj["kind"] == _AUTOSCALER])
-    listeners = _listeners(kube, way_in)
+    scheme = _scheme(kube, way_in)
     url = wait(
         kube,
         f"an address of {ingress}",
-        lambda: _address(kube.get(ingress), listeners),
+        lambda: _address(kube.get(ingress), scheme),
         deadline_s=ADDRESS_S,
         about=lambda: _existing(kube, ingress),
     )
@@ -93,7 +92,7 @@ def serve(pool: Pool, objects: Sequence[Object], model: str, *, replicas: int = 
         model,
         pool.api_key,
         metrics_urls=tuple(_metrics_url(kube, pod) for pod in ready()),
-        metrics_headers=kube.headers,
+        metrics_headers=lambda: kube.headers,
         metrics_ca=kube.ca,
     )
     wait(
@@ -175,31 +174,22 @@ def _of_pool(event: Object, pool: str) -> bool:
     return about.get("kind") == "NodeClaim" and str(about.get("name")).rpartition("-")[0] == pool
 
 
-def _address(ingress: Object | None, listeners: Sequence[Object] = ()) -> str:
-    """Base URL of the load balancer, empty before it has one.
-
-    The embedded cluster names the port, and speaks HTTP on it. EKS names none: the listeners of the Ingress's class
-    say what there is, without any it is HTTP on 80.
-    """
+def _address(ingress: Object | None, scheme: str = "http") -> str:
+    """Base URL of the load balancer, empty before it has one. Only the embedded cluster names a port."""
     status = (ingress or {}).get("status") or {}
     for entry in (status.get("loadBalancer") or {}).get("ingress") or ():
         host = entry.get("hostname") or entry.get("ip")
         ports = [port["port"] for port in entry.get("ports") or ()]
-        if host and ports:
-            return f"http://{host}:{ports[0]}"
         if host:
-            listener: Object = next(iter(listeners), {"port": 80, "protocol": "HTTP"})
-            scheme = listener["protocol"].lower()
-            port = "" if (scheme, listener["port"]) in _USUAL else f":{listener['port']}"
-            return f"{scheme}://{host}{port}"
+            return f"{scheme}://{host}" + (f":{ports[0]}" if ports else "")
     return ""
 
 
-def _listeners(kube: Kube, ingress: Object) -> list[Object]:
-    """Ports and protocols of the load balancer, as the parameters of the Ingress's class have them."""
+def _scheme(kube: Kube, ingress: Object) -> str:
+    """What the load balancer speaks: HTTPS on 443 if the parameters of the Ingress's class have certificates, else
+    HTTP on 80 (AWS Load Balancer Controller, default of `listen-ports`)."""
     params = kube.get(Ref("eks.amazonaws.com/v1", "IngressClassParams", ingress["spec"]["ingressClassName"]))
-    found: list[Object] = ((params or {}).get("spec") or {}).get("listeners") or []
-    return found
+    return "https" if ((params or {}).get("spec") or {}).get("certificateARNs") else "http"
 
 
 def _metrics_url(kube: Kube, pod: Object) -> str:
@@ -209,12 +199,14 @@ def _metrics_url(kube: Kube, pod: Object) -> str:
 
 
 def _answers(endpoint: Endpoint) -> bool:
-    """Whether the public way leads to the model."""
+    """Whether the public way leads to the model. WaitFailed when it is not trusted, which time does not heal."""
     request = urllib.request.Request(f"{endpoint.url}/v1/models", headers=endpoint.headers)
     try:
         with urllib.request.urlopen(request, timeout=_ANSWER_TIMEOUT_S) as answer:
             listed: dict[str, Any] = json.load(answer)
-    except (OSError, ValueError):  # no such name yet, refused, 503 without targets, not JSON
+    except (OSError, ValueError) as failure:  # no such name yet, refused, 503 without targets, not JSON
+        if isinstance(failure, OSError) and (why := distrust(endpoint.url, failure)):
+            raise WaitFailed(why) from None
         return False
     return endpoint.model in (entry["id"] for entry in listed.get("data", ()))
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from aiohttp import ClientSession, ClientTimeout, TCPConnector
 
+from pytest_gpulab.cluster.api.access import new_certificates
 from pytest_gpulab.cluster.api.custom_metrics import pod_metrics
 from pytest_gpulab.cluster.api.server import ApiServer
 from pytest_gpulab.cluster.auto_mode import C6A_LARGE, GENERAL_PURPOSE
@@ -61,13 +62,15 @@ async def live_cluster(
     embedded.apply(NODE_POOL, GENERAL_PURPOSE)
     servers = ModelServers(store, clock, background)
     servers.attach(embedded.kubelets.hooks)
-    delay = DEREGISTRATION_S / speed
-    embedded.manager.add(Ingresses(store, clock, embedded.durations, servers, background, delay))
+    delay, certificates = DEREGISTRATION_S / speed, new_certificates()
+    embedded.manager.add(Ingresses(store, clock, embedded.durations, servers, background, delay, certificates))
     metrics = pod_metrics(store, embedded.prometheus.metric_list)
     connector = TCPConnector(limit=0, force_close=True)
     async with ClientSession(connector=connector, timeout=ClientTimeout(), auto_decompress=False) as session:
         proxy = PodProxy(store, servers, session)
-        async with ApiServer(store, port=port, metrics=metrics, logs=servers.log, proxy=proxy) as api:
+        async with ApiServer(
+            store, port=port, metrics=metrics, logs=servers.log, proxy=proxy, certificates=certificates
+        ) as api:
             try:
                 yield LiveCluster(api, embedded, background.failed)
             finally:

@@ -2,8 +2,10 @@
 
 Facts from the AWS Load Balancer Controller v2: an Ingress is served when its class names the controller, carries a
 finalizer until its balancer is gone, and gets its address once the balancer is active; targets that are removed are
-drained for the deregistration delay. One balancer an Ingress, no groups; a rule's host is not looked at, because
-clients on loopback have no name to send.
+drained for the deregistration delay. With certificates in the parameters of its class it speaks HTTPS, else HTTP, and
+answers only `inboundCIDRs`. One balancer an Ingress, no groups; a rule's host is not looked at, because clients on
+loopback have no name to send. Whatever certificate is named, it is one of the loopback interface, signed by the same
+authority as the API server's, which the kubeconfig holds.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
+from ipaddress import ip_network
 from typing import Any, Final
 
+from pytest_gpulab.cluster.api.access import Certificates
 from pytest_gpulab.cluster.clock import Clock
 from pytest_gpulab.cluster.durations import Durations
 from pytest_gpulab.cluster.events import Event
@@ -67,6 +71,7 @@ class Ingresses:
         servers: ModelServers,
         background: Background,
         deregistration_s: float,
+        certificates: Certificates,
     ) -> None:
         self._store = store
         self._clock = clock
@@ -74,6 +79,7 @@ class Ingresses:
         self._servers = servers
         self._background = background
         self._deregistration_s = deregistration_s
+        self._certificates = certificates
         self._events = Recorder(store, clock, "ingress")
         self._balancers: dict[Ref, _Balancer] = {}
 
@@ -121,9 +127,14 @@ class Ingresses:
 
     async def _balance(self, ref: Ref, balancer: _Balancer) -> None:
         """Listen until cancelled."""
-        idle_s = self._idle_timeout_s(balancer.spec)
-        routes = partial(self._route, ref, balancer)
-        async with serve_edge(routes, idle_timeout_s=idle_s) as balancer.edge:
+        parameters = self._parameters(balancer.spec)
+        cidrs = parameters.get("inboundCIDRs")
+        async with serve_edge(
+            partial(self._route, ref, balancer),
+            idle_timeout_s=_idle_timeout_s(parameters),
+            tls=self._certificates.context() if parameters.get("certificateARNs") else None,
+            inbound=[ip_network(cidr) for cidr in cidrs] if cidrs else None,
+        ) as balancer.edge:
             port = {"port": int(balancer.edge.url.rpartition(":")[2]), "protocol": "TCP"}
             status = {"loadBalancer": {"ingress": [{"hostname": "127.0.0.1", "ports": [port]}]}}
             if (ingress := self._store.find(INGRESS, *ref)) is not None:
@@ -131,13 +142,12 @@ class Ingresses:
                 self._events.normal(ingress, "SuccessfullyReconciled", "Successfully reconciled")
             await asyncio.get_running_loop().create_future()
 
-    def _idle_timeout_s(self, spec: dict[str, Any]) -> float:
-        """Real seconds without a byte until a client gets 504."""
+    def _parameters(self, spec: dict[str, Any]) -> dict[str, Any]:
+        """What the class of an Ingress says of its balancers."""
         found = self._store.find(INGRESS_CLASS, spec["ingressClassName"])
         params = self._store.find(INGRESS_CLASS_PARAMS, at(found, "spec.parameters.name", ""))
-        attributes = {item["key"]: item["value"] for item in at(params, "spec.loadBalancerAttributes", [])}
-        said = str(attributes.get(_IDLE_TIMEOUT, ""))
-        return float(said) if said.isdigit() else IDLE_TIMEOUT_S
+        said: dict[str, Any] = at(params, "spec", {})
+        return said
 
     def _delete(self, ref: Ref, ingress: Object) -> float | None:
         """The Ingress goes when its balancer is gone."""
@@ -186,6 +196,13 @@ class Ingresses:
 
     async def _drain(self, edge: Edge, url: str) -> None:
         await edge.drain(url, self._deregistration_s)
+
+
+def _idle_timeout_s(parameters: dict[str, Any]) -> float:
+    """Real seconds without a byte until a client gets 504."""
+    attributes = {item["key"]: item["value"] for item in parameters.get("loadBalancerAttributes") or ()}
+    said = str(attributes.get(_IDLE_TIMEOUT, ""))
+    return float(said) if said.isdigit() else IDLE_TIMEOUT_S
 
 
 def _stop(balancer: _Balancer) -> None:

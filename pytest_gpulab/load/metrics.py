@@ -100,7 +100,7 @@ class Scraper:
     """Reads the metrics of all servers of an endpoint. Times are seconds from the run's start."""
 
     def __init__(self, endpoint: Endpoint, session: aiohttp.ClientSession) -> None:
-        self._headers = dict(endpoint.metrics_headers)
+        self._headers = endpoint.metrics_headers
         self._ssl = ssl.create_default_context(cafile=endpoint.metrics_ca) if endpoint.metrics_ca else True
         self._session = session
         self._servers = [_Server(url) for url in endpoint.metrics_urls]
@@ -182,11 +182,15 @@ class Scraper:
         self._rows.append((now, running, waiting, usage / len(read), *(totals.get(name, 0.0) for name in _COUNTERS)))
 
     async def _pages(self, timeout_s: float) -> list[bytes | None]:
-        return list(await asyncio.gather(*(self._page(server.url, timeout_s) for server in self._servers)))
-
-    async def _page(self, url: str, timeout_s: float) -> bytes | None:
         try:
-            asked = self._session.get(url, headers=self._headers, ssl=self._ssl)
+            headers = self._headers()  # a token is signed in less than a millisecond
+        except OSError:  # no credentials any more
+            return [None] * len(self._servers)
+        return list(await asyncio.gather(*(self._page(server.url, headers, timeout_s) for server in self._servers)))
+
+    async def _page(self, url: str, headers: Mapping[str, str], timeout_s: float) -> bytes | None:
+        try:
+            asked = self._session.get(url, headers=headers, ssl=self._ssl)
             async with asyncio.timeout(timeout_s), asked as response:
                 return await response.read() if response.status == 200 else None
         except (aiohttp.ClientError, OSError, TimeoutError):

@@ -7,11 +7,13 @@ the servers' own business.
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from ipaddress import IPv4Network, IPv6Network, ip_address
 
 from aiohttp import ClientSession, ClientTimeout, TCPConnector, web
 from multidict import CIMultiDict
@@ -21,6 +23,7 @@ from pytest_gpulab.serving.server import listening
 
 Routes = Callable[[str], Sequence[str] | None]
 """Given a path: the base URLs of the Ready endpoints now, such as ``http://127.0.0.1:8000``; None: no rule for it."""
+Network = IPv4Network | IPv6Network
 
 _POOL_S = 4.0
 """Real seconds an idle upstream connection is reused: below the 5 s after which vLLM closes it."""
@@ -43,6 +46,8 @@ class Edge:
     """
 
     routes: Routes
+    inbound: Sequence[Network] | None = None
+    """Where clients may be; None: anywhere."""
     url: str = ""
     in_flight: Counter[str] = field(default_factory=Counter)
     _turn: int = 0
@@ -68,7 +73,11 @@ class Edge:
         return 0
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        """Answer one request."""
+        """Answer one request; none from where no client may be, for which a security group has no answer."""
+        if not self._lets_in(request.remote):
+            assert request.transport is not None
+            request.transport.abort()
+            raise ConnectionResetError
         ready = self.routes(request.path)
         if ready is None:
             return _page(404)
@@ -79,6 +88,9 @@ class Edge:
         assert self._session is not None
         with _Counted(self, endpoint):
             return await forward(self._session, request, endpoint + request.raw_path, _forwarded(request), _page)
+
+    def _lets_in(self, address: str | None) -> bool:
+        return self.inbound is None or any(ip_address(address or "") in network for network in self.inbound)
 
 
 class _Counted:
@@ -117,15 +129,23 @@ def _page(status: int) -> web.Response:
 
 @asynccontextmanager
 async def serve_edge(
-    routes: Routes, *, host: str = "127.0.0.1", port: int = 0, idle_timeout_s: float = 60.0
+    routes: Routes,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    idle_timeout_s: float = 60.0,
+    tls: ssl.SSLContext | None = None,
+    inbound: Sequence[Network] | None = None,
 ) -> AsyncIterator[Edge]:
     """Run a load balancer until the context ends.
 
     Args:
         routes: asked for each request.
         idle_timeout_s: real seconds without a byte from the endpoint until the client gets 504.
+        tls: None: it speaks HTTP.
+        inbound: where clients may be; None: anywhere.
     """
-    edge = Edge(routes)
+    edge = Edge(routes, inbound)
     app = web.Application(client_max_size=0)
     app.router.add_route("*", "/{path:.*}", edge.handle)
     timeout = ClientTimeout(total=None, sock_connect=10.0, sock_read=idle_timeout_s)
@@ -134,5 +154,5 @@ async def serve_edge(
         connector=connector, timeout=timeout, auto_decompress=False, read_bufsize=_BUFFER
     ) as session:
         edge._session = session
-        async with listening(app, host, port) as edge.url:
+        async with listening(app, host, port, tls) as edge.url:
             yield edge

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -76,8 +77,10 @@ async def serve(
 
 
 @asynccontextmanager
-async def listening(app: web.Application, host: str, port: int) -> AsyncIterator[str]:
-    """The application on a socket; gives its URL. Handlers are cancelled when their client disconnects.
+async def listening(
+    app: web.Application, host: str, port: int, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[str]:
+    """The application on a socket, behind TLS if asked; gives its URL. A handler is cancelled when its client leaves.
 
     A context that ends with an exception or is cancelled is a process that was killed: its connections are cut.
     """
@@ -86,11 +89,11 @@ async def listening(app: web.Application, host: str, port: int) -> AsyncIterator
     )
     await runner.setup()
     try:
-        site = web.TCPSite(runner, host, port, backlog=2048)
+        site = web.TCPSite(runner, host, port, ssl_context=tls, backlog=2048)
         await site.start()
         bound = runner.addresses[0]
         shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
-        yield f"http://{shown}:{bound[1]}"
+        yield f"{'https' if tls else 'http'}://{shown}:{bound[1]}"
     except BaseException:
         for connection in runner.server.connections if runner.server else ():
             connection.force_close()

@@ -10,6 +10,7 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from pytest_gpulab.accelerators import find_accelerator
 from pytest_gpulab.aws.preflight import Request
 from pytest_gpulab.aws.supply import Need
 from pytest_gpulab.experiment import Profile, Workload
@@ -37,23 +38,27 @@ class EksTarget:
     max_repeats = MEASURED_REPEATS
     repeatable = False
 
-    def __init__(self, serving: Serving, region: str, log_dir: Path, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, serving: Serving, region: str, machine: str, log_dir: Path, tell: Callable[[str], None]
+    ) -> None:
+        """`machine`: the instance type that the session may buy."""
         self._serving = serving
         self._region = region
+        self._machine = machine
         self._loading = Loading(log_dir / "interrupted", tell)
 
     @classmethod
     def from_options(cls, options: Options, tell: Callable[[str], None], serving: Serving) -> Self:
         read_request(options.eks, run="", need=None)
         read_public(options.eks)
-        return cls(serving, options.eks.region, options.report_dir / cls.name, tell)
+        machine = find_accelerator(options.accelerator).instance_type
+        return cls(serving, options.eks.region, machine, options.report_dir / cls.name, tell)
 
     def server(self, profile: Profile) -> str:
         """vLLM's version, the machine and its region, and where the load came from."""
-        if profile.fleet is not None:
+        if profile.fleet is not None or instance_type_of(profile) != self._machine:
             return ""
-        machine = instance_type_of(profile)
-        return f"vllm {_vllm_version()} on {machine}, EKS in {self._region}, loaded from the client machine"
+        return f"vllm {_vllm_version()} on {self._machine}, EKS in {self._region}, loaded from the client machine"
 
     def run(self, workload: Workload, profile: Profile, seed: int) -> Run:
         """Have the profile served, and load it. TargetRefused for a fleet, and where AWS has no such machine."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from urllib.request import Request, urlopen
 
-from pytest_gpulab.endpoint import Endpoint
+from pytest_gpulab.endpoint import Endpoint, distrust
 from pytest_gpulab.experiment import Profile, Workload
 from pytest_gpulab.gates import TargetRefused
 from pytest_gpulab.models import find_model
@@ -95,7 +95,8 @@ class EndpointTarget:
         try:
             self._endpoint  # noqa: B018
         except (OSError, ValueError, KeyError, TypeError) as wrong:
-            return f"{self._address.url} must list {self._served.model} at /v1/models: {wrong}"
+            why = distrust(self._address.url, wrong) if isinstance(wrong, OSError) else ""
+            return why or f"{self._address.url} must list {self._served.model} at /v1/models: {wrong}"
         return ""
 
     @cached_property

@@ -9,14 +9,17 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from moto.acm.models import acm_backends
+from moto.core import DEFAULT_ACCOUNT_ID
 from moto.core.base_backend import BackendDict
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from tests.aws import moto_eks
-from tests.aws.conftest import price_list
+from tests.aws.conftest import REGION, price_list
 
 PRICES = {"c6a.large": 0.0765, "g4dn.xlarge": 0.526}
+CERTIFICATE = f"arn:aws:acm:{REGION}:{DEFAULT_ACCOUNT_ID}:certificate/1"
 G_VCPUS = {"L-DB2E81BA": 8.0, "L-3819A6DF": 8.0}
 """Quotas of G machines, on demand and spot; there is none of any other."""
 
@@ -38,6 +41,7 @@ def account() -> Iterator[str]:
     """The address of an empty account, whose state lies in this process."""
     BackendDict.reset()
     moto_eks.install()
+    plant_certificate(CERTIFICATE, f"*.{REGION}.elb.amazonaws.com")
     app = _with_the_rest(DomainDispatcherApplication(create_backend_app))
     server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=_Quiet)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -49,6 +53,14 @@ def account() -> Iterator[str]:
         thread.join(10)
         server.server_close()
         BackendDict.reset()
+
+
+def plant_certificate(arn: str, name: str, status: str = "ISSUED") -> None:
+    """As if somebody had imported it into ACM."""
+    acm = acm_backends[DEFAULT_ACCOUNT_ID][REGION]
+    made = acm._certificates.pop(acm.request_certificate(name, None, [], []))
+    made.arn, made.status = arn, status
+    acm._certificates[arn] = made
 
 
 def _with_the_rest(moto: Any) -> Any:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import hmac
 import json
+import os
 from datetime import UTC, datetime
 from urllib.parse import parse_qs, quote, urlsplit
 
@@ -14,9 +15,20 @@ import yaml
 
 from pytest_gpulab.aws import auth
 from pytest_gpulab.aws.errors import CredentialsError
+from pytest_gpulab.experiment import Constant, Shape, Workload
+from pytest_gpulab.fleet import FROM_ZERO
 from pytest_gpulab.kube.client import KubeError, connect
+from pytest_gpulab.kube.ledger import Ledger
+from pytest_gpulab.kube.pool import bring_up
+from pytest_gpulab.kube.process import Process
+from pytest_gpulab.kube.serving import serve
+from pytest_gpulab.kube.state import ledger_path
+from pytest_gpulab.load import run_load
+from pytest_gpulab.render import pool_objects, serving_objects
 from tests.aws.conftest import REGION, SECRET, SESSION_TOKEN
 from tests.cluster.serving import Served
+from tests.kube.conftest import PROFILE
+from tests.kube.running import SPEED, running
 
 
 def url_of(token: str) -> str:
@@ -116,6 +128,43 @@ def test_a_connection_goes_on_with_a_renewed_token(clients, monkeypatch, tmp_pat
             assert kube.list("v1", "Node") == []
     finally:
         served.stop()
+
+
+def test_metrics_are_read_to_the_end_of_a_run_that_outlives_its_first_token(clients, monkeypatch, tmp_path):
+    """Ten minutes pass with each request to the API server, which lets a token live for 15."""
+    time = 0.0
+    refused: list[str] = []
+
+    def let_in(header: str, _: str) -> bool:
+        nonlocal time
+        young = time - float(header.removeprefix("Bearer signed-at-")) <= 15 * 60
+        refused.extend(() if young else [header])
+        time += 10 * 60
+        return young
+
+    monkeypatch.setattr(auth, "make_token", lambda *_: f"signed-at-{time}")
+    monkeypatch.setattr("pytest_gpulab.cluster.api.server.is_authorized", let_in)
+    ledger = Ledger.create(ledger_path("run-1"), Process.of(os.getpid()))
+    with running(tmp_path) as cluster:
+        (known,) = yaml.safe_load(cluster.kubeconfig.read_text())["clusters"]
+        authority = {"data": known["cluster"]["certificate-authority-data"]}
+        described = {"name": "lab", "endpoint": known["cluster"]["server"], "certificateAuthority": authority}
+        with auth.connect(clients, described, ledger.folder, now=lambda: time) as kube:
+            kube.speed = SPEED
+            pool = bring_up(ledger, kube, pool_objects(FROM_ZERO, ["g4dn.xlarge"], run=ledger.run))
+            objects = serving_objects(PROFILE, None, run=ledger.run, api_key=pool.api_key)
+            run = run_load(
+                Workload(arrivals=Constant(rate=4), shape=Shape(prompt_tokens=16, output_tokens=4), duration_s=4.0),
+                endpoint=serve(pool, objects, PROFILE.model),
+                profile=PROFILE,
+                seed=0,
+                target="eks",
+                basis="emulated",
+                server="emulated",
+            )
+    assert refused == []
+    assert len(run.server) >= 3
+    assert run.totals["request_success_total"] == len(run.requests)
 
 
 def test_the_kubeconfig_lets_another_process_in(clients, monkeypatch, tmp_path):

@@ -123,6 +123,7 @@ def test_a_run_costs_what_the_machines_cost_from_the_moment_it_was_asked_for(
     target = EksTarget(
         lambda _: Served(Endpoint("http://lb", "m"), bill, "spot 0.6 USD/h (2026-11-24)"),
         "us-west-2",
+        "g4dn.xlarge",
         tmp_path,
         print,
     )
@@ -138,8 +139,15 @@ def test_a_run_costs_what_the_machines_cost_from_the_moment_it_was_asked_for(
 
 
 def test_a_fleet_is_refused(tmp_path: Path):
-    target = EksTarget(lambda _: Served(Endpoint("http://lb", "m")), "us-west-2", tmp_path, print)
+    target = EksTarget(lambda _: Served(Endpoint("http://lb", "m")), "us-west-2", "g4dn.xlarge", tmp_path, print)
     fleet = T4.on(FROM_ZERO)
     assert target.server(fleet) == ""
     with pytest.raises(TargetRefused, match="one replica at a time"):
         target.run(FEW, fleet, 0)
+
+
+def test_only_the_sessions_machine_serves(tmp_path: Path):
+    target = EksTarget(lambda _: Served(Endpoint("http://lb", "m")), "us-west-2", "g4dn.xlarge", tmp_path, print)
+    assert target.server(T4) == "vllm 0.25.1 on g4dn.xlarge, EKS in us-west-2, loaded from the client machine"
+    assert target.server(Profile(model="llama-3.1-8b", accelerator="h200")) == ""
+    assert target.server(T4.model_copy(update={"instance_type": "g4dn.2xlarge"})) == ""

@@ -6,9 +6,11 @@ import ast
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.ec2.models import ec2_backends
 
@@ -204,6 +206,32 @@ def test_the_scan_lists_what_is_left_and_its_cost(clients, plan, clock):
         leaks.require_none(clients, site_of(plan), deadline_s=60, clock=clock)
 
 
+def test_a_load_balancer_that_goes_while_one_looks_hides_no_other(clients, plan, clock, monkeypatch):
+    """Listed a moment ago and gone since: AWS then tells no tags of the others that were asked about with it."""
+    make_cluster(clients, plan, clock)
+    plant_leftovers(clients)
+    elb = clients("elbv2")
+    balancer = elb.describe_load_balancers()["LoadBalancers"][0]
+    gone = balancer["LoadBalancerArn"].replace("k8s-alb", "gone")
+    pages = [{"LoadBalancers": [{"LoadBalancerArn": gone}, balancer]}]
+    paginator = elb.get_paginator
+
+    def listed(operation: str) -> Any:
+        stale = SimpleNamespace(paginate=lambda: pages)
+        return stale if operation == "describe_load_balancers" else paginator(operation)
+
+    def described(ResourceArns: list[str]) -> Any:  # moto forgives
+        if gone in ResourceArns:
+            raise ClientError({"Error": {"Code": "LoadBalancerNotFound", "Message": "gone"}}, "DescribeTags")
+        return describe_tags(ResourceArns=ResourceArns)
+
+    describe_tags = elb.describe_tags
+    monkeypatch.setattr(elb, "describe_tags", described)
+    monkeypatch.setattr(elb, "get_paginator", listed)
+    found = [leak.id for leak in leaks.scan(clients, site_of(plan)) if leak.kind == "load balancer"]
+    assert found == [balancer["LoadBalancerArn"]]
+
+
 def test_a_load_balancer_that_lets_go_late_is_waited_for(clients, plan, clock, refuse):
     ledger = open_ledger(site_of(plan))
     bring_up(clients, plan, ledger, clock=clock)
@@ -257,6 +285,14 @@ class TestFaults:
         ):
             bring_up(clients, plan, ledger, clock=clock)
         moto_eks.FAIL_CREATION.clear()
+        self.finishes(clients, clock, ledger)
+
+    def test_a_clock_that_is_wrong(self, clients, plan, clock, ledger, refuse):
+        said = "Signature expired: 20261125T200000Z is now earlier than 20261125T201500Z (20261125T202000Z - 5 min.)"
+        accept = refuse(clients("cloudformation"), "CreateStack", "SignatureDoesNotMatch", said)
+        with pytest.raises(AwsError, match=r"This machine's clock must agree with AWS's"):
+            bring_up(clients, plan, ledger, clock=clock)
+        accept()
         self.finishes(clients, clock, ledger)
 
     @pytest.mark.parametrize("operation", ["CreateStack", "DescribeStacks"])
@@ -340,6 +376,23 @@ def test_reap_needs_nothing_but_the_name(clients, plan, clock):
     reap_cluster(clients, "lab", REGION, clock=clock)
     assert everything(clients) == {}
     assert find_left(clients, site) == []
+
+
+def test_reap_leaves_a_cluster_alone_that_no_stack_of_the_lab_made(clients, plan, clock):
+    """Somebody's own, as one adopts it: there is no ledger of it here, and its machines carry its name."""
+    make_cluster(clients, make_plan("other"), clock)  # for its network
+    subnets = find_cluster(clients, "other")["resourcesVpcConfig"]["subnetIds"]
+    role = clients("iam").create_role(RoleName="theirs", AssumeRolePolicyDocument="{}")["Role"]["Arn"]
+    clients("eks").create_cluster(name="theirs", roleArn=role, resourcesVpcConfig={"subnetIds": subnets})
+    plant_leftovers(clients, "theirs")
+    before = everything(clients)
+    with pytest.raises(
+        AwsError, match="no stack of the lab made the EKS cluster theirs, so nothing of it is removed"
+    ):
+        reap_cluster(clients, "theirs", REGION, clock=clock)
+    assert everything(clients) == before
+    with pytest.raises(AwsError, match="no stack of the lab"):  # nor is it shown as something left
+        find_left(clients, find_site(clients, "theirs", REGION))
 
 
 def test_reap_after_the_switch_has_fired(clients, plan, clock, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ class World:
         self.offered = {"g4dn.xlarge": ZONES[1:], "p5.4xlarge": ZONES[:1]}
         self.quotas = {"L-DB2E81BA": 8.0, "L-3819A6DF": 8.0, "L-417A185B": 0.0, "L-7212CCBC": 0.0}
         self.spot = {"g4dn.xlarge": {ZONES[1]: 0.21, ZONES[2]: 0.25, f"{REGION}z": 9.0}}
+        self.running: list[dict[str, str]] = []
         self.blocks: Callable[..., Any] = lambda **_: {"CapacityBlockOfferings": []}
 
     def __call__(self, service: str) -> Stub:
@@ -65,7 +67,16 @@ class World:
             size = {"VCpuInfo": {"DefaultVCpus": vcpus}, "GpuInfo": {"Gpus": [{"Count": gpus}]}}
             return {"InstanceTypes": [size]}
 
+        def running(Filters: list[dict[str, Any]]) -> Any:
+            wanted = {one["Name"]: one["Values"] for one in Filters}
+            assert "running" in wanted["instance-state-name"] and "stopped" not in wanted["instance-state-name"]
+            kinds = [
+                one for one in self.running if any(fnmatch(one["InstanceType"], w) for w in wanted["instance-type"])
+            ]
+            return [{"Reservations": [{"Instances": [one]}]} for one in kinds]  # a page each
+
         return Stub(
+            get_paginator=lambda operation: Stub(paginate={"describe_instances": running}[operation]),
             describe_availability_zones=lambda **_: {
                 "AvailabilityZones": [{"ZoneName": zone, "ZoneId": ids} for zone, ids in self.zones.items()]
             },
@@ -142,7 +153,32 @@ def test_a_closed_way_of_buying_is_not_priced(world):
     assert supply.gpus == 2
     assert list(supply.prices) == ["spot"]
     assert plan.blocked == {}
-    assert "'Running On-Demand G and VT instances' (L-DB2E81BA) is 0 vCPUs, but 2 of them need 8" in supply.closed[0]
+    assert "'Running On-Demand G and VT instances' (L-DB2E81BA) is 0 vCPUs, but 2 machines need 8" in supply.closed[0]
+
+
+def test_what_runs_already_counts_against_the_quota(world):
+    """8 vCPUs each way; on demand 4 of them are taken by a G machine, and spot by nobody whose quota it is."""
+    world.running = [
+        {"InstanceType": "g4dn.xlarge"},
+        {"InstanceType": "p5.4xlarge"},
+        {"InstanceType": "p5.4xlarge", "InstanceLifecycle": "spot"},
+    ]
+    (one,) = preflight(world, request(Need("g4dn.xlarge", 1))).supplies
+    assert set(one.prices) == {"spot", "on-demand"}
+    (two,) = preflight(world, request(Need("g4dn.xlarge", 2))).supplies
+    assert set(two.prices) == {"spot"}
+    assert "(L-DB2E81BA) is 8 vCPUs, 4 of them in use, but 2 machines need 8" in two.closed[0]
+    world.running += [{"InstanceType": "g4dn.xlarge", "InstanceLifecycle": "spot"}] * 2
+    (none,) = preflight(world, request(Need("g4dn.xlarge", 2))).supplies
+    assert "(L-3819A6DF) is 8 vCPUs, 8 of them in use" in none.reason
+
+
+def test_a_capacity_block_of_somebody_counts_against_no_quota(world):
+    world.quotas["L-417A185B"] = 16.0
+    world.offered = {"p5.4xlarge": ZONES}
+    world.running = [{"InstanceType": "p5.4xlarge", "InstanceLifecycle": "capacity-block"}]
+    (supply,) = preflight(world, request(Need("p5.4xlarge", 1, ("on-demand",)))).supplies
+    assert supply.reason is None
 
 
 def test_what_is_not_offered_is_blocked_and_the_rest_goes_on(world):
@@ -166,7 +202,7 @@ def test_p_machines_without_quota_name_the_capacity_block(world):
     }
     wanted = request(Need("p5.4xlarge", 1), hours=24.5, budget_usd=100.0)
     reason = preflight(world, wanted).blocked["p5.4xlarge"]
-    assert "'Running On-Demand P instances' (L-417A185B) is 0 vCPUs, but 1 of them need 16" in reason
+    assert "'Running On-Demand P instances' (L-417A185B) is 0 vCPUs, but 1 machine needs 16" in reason
     assert f"Capacity Block (48 h from 2026-12-01 in {ZONES[0]} for 132 USD" in reason
 
 

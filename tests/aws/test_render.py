@@ -26,8 +26,14 @@ def test_render_needs_no_credentials_and_no_network(tmp_path):
     command = [sys.executable, "-c", NO_NETWORK, str(tmp_path / "out")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    written = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.yaml"))
-    assert {"cluster.yaml", "guard.yaml", "manifests/nodepools.yaml", "manifests/vllm.yaml"} <= set(written)
+    written = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*"))
+    assert {
+        "caller-policy.json",
+        "cluster.yaml",
+        "guard.yaml",
+        "manifests/nodepools.yaml",
+        "manifests/vllm.yaml",
+    } <= set(written)
     assert sorted(done.stdout.split()) == sorted(str(tmp_path / "out" / name) for name in written)
 
 
@@ -36,7 +42,7 @@ def test_what_is_written_is_what_would_be_created(tmp_path):
     from pytest_gpulab.render import documents, manifest_files
 
     assert main(["render", "--target", "eks", "-o", str(tmp_path)]) == 0
-    for name in ("cluster.yaml", "guard.yaml"):
+    for name in ("caller-policy.json", "cluster.yaml", "guard.yaml"):
         assert (tmp_path / name).read_text(encoding="utf-8") == read_template(name)
     for name in manifest_files():
         text = (tmp_path / "manifests" / f"{name}.yaml").read_text(encoding="utf-8")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+from base64 import b64decode
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,18 +18,17 @@ from pytest_gpulab.aws import lifecycle
 from pytest_gpulab.aws.clients import Clients, make_clients
 from pytest_gpulab.aws.stack import REAL_TIME
 from tests.aws import moto_eks
-from tests.aws.account import account
-from tests.aws.conftest import ACCOUNT, REGION, make_plan
+from tests.aws.account import CERTIFICATE, account, plant_certificate
+from tests.aws.conftest import ACCOUNT, REGION, SECRET, SESSION_TOKEN, make_plan
 from tests.aws.test_lifecycle import everything
 from tests.kube.project import CONFTEST, Project, until
 from tests.kube.running import Running, running
 
-CERTIFICATE = f"arn:aws:acm:{REGION}:{ACCOUNT}:certificate/1"
 OPTIONS = (
     "--gpulab-target=eks",
     "--gpulab-budget=20",
     f"--gpulab-accounts={ACCOUNT}",
-    "--gpulab-client-cidrs=203.0.113.7/32",
+    "--gpulab-client-cidrs=127.0.0.0/8",
     f"--gpulab-certificate={CERTIFICATE}",
     "--gpulab-hours=2",
     "--gpulab-campaign=quick",
@@ -51,6 +52,7 @@ STUDY = """
     def test_one_after_the_other(serving, gpu_pool):
         for profile in (PROFILE, PROFILE.with_engine_args(max_num_seqs=4), PROFILE):
             assert serving(profile).model == profile.model
+            assert serving(profile).url.startswith("https://")
             assert len(gpu_pool.kube.list("apps/v1", "Deployment", "gpulab", labels=VLLM)) == 1
 """
 DEAR = """
@@ -68,11 +70,13 @@ from pytest_gpulab.targets import loading
 lease.BEAT_S = 0.5
 begun = []
 load = loading.Loading.run
+KEYS = os.environ["GPULAB_TEST_KEYS"]  # where this writes what must stand nowhere else
 
 
-def run(self, *arguments, **options):
+def run(self, *arguments, endpoint, **options):
     begun.append(time.monotonic())
-    return load(self, *arguments, **options)
+    Path(KEYS).write_text(f"{endpoint.api_key} {endpoint.metrics_headers()['Authorization'].split()[1]}")
+    return load(self, *arguments, endpoint=endpoint, **options)
 
 
 def check(meter, now):
@@ -80,6 +84,7 @@ def check(meter, now):
         raise billing.BudgetError("the money is gone")
 
 
+loading.Loading.headroom = None  # this machine may be too busy to have any
 loading.Loading.run = run
 billing.Meter.check = check
 """
@@ -125,6 +130,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         authority = known["cluster"]["certificate-authority-data"]
         moto_eks.API_SERVER.update(endpoint=cluster.live.api.url, authority=authority)
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        (tmp_path / "authority.pem").write_bytes(b64decode(authority))  # of the load balancers too
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
         yield World(url, cluster)
 
 
@@ -183,14 +190,27 @@ def test_the_guard_ends_a_session_in_order(
 
 
 @pytest.mark.slow
-def test_the_guard_ends_a_session_in_the_middle_of_a_run(world: World, project: Callable[..., Project]) -> None:
+def test_the_guard_ends_a_session_in_the_middle_of_a_run(
+    world: World, project: Callable[..., Project], tmp_path: Path
+) -> None:
+    """And what it leaves for people to read holds no key: AWS's, the model's or the cluster's."""
     loads = project(LONG, CONFTEST + SPENT_WHILE_LOADING)
-    status, output = loads.run(*OPTIONS)
+    reports = ("-vv", "--html=reports/index.html", "--self-contained-html", "--junitxml=reports/junit.xml")
+    status, output = loads.run(*OPTIONS, *reports, GPULAB_TEST_KEYS=str(tmp_path / "keys"))
     assert status == 2, output
     assert "the money is gone" in output
     assert decisions(loads)["long"]["verdict"] == "open"
     assert world.is_empty()
     assert loads.left() == []
+    kinds = {path.suffix for path in (loads.folder / "reports").rglob("*") if path.is_file()}
+    assert kinds >= {".html", ".json", ".md", ".npz", ".xml"}
+    key, token = (tmp_path / "keys").read_text().split()
+    assert token.startswith("k8s-aws-v1.")
+    planted = (key, "k8s-aws-v1.", SECRET, SESSION_TOKEN, os.environ["AWS_ACCESS_KEY_ID"])
+    assert not [secret for secret in planted if secret in output]
+    assert loads.holding(*planted) == []
+    (loads.folder / "reports" / "noted").write_text(f"key: {key}")
+    assert len(loads.holding(*planted)) == 1, "it would be found"
 
 
 @pytest.mark.slow
@@ -273,6 +293,18 @@ def test_a_machine_that_aws_does_not_have_costs_nothing(world: World, project: C
     assert "1 passed" not in output
     assert "making the EKS cluster" not in output
     assert world.is_empty()
+
+
+@pytest.mark.slow
+def test_a_certificate_that_will_not_do_costs_nothing(world: World, project: Callable[..., Project]) -> None:
+    plant_certificate(f"{CERTIFICATE}2", "models.example.org")
+    stays = project(STAYS)
+    status, output = stays.run(*OPTIONS, f"--gpulab-certificate={CERTIFICATE}2")
+    assert status == 1, output
+    assert "but is for models.example.org" in output
+    assert "making the EKS cluster" not in output
+    assert world.is_empty()
+    assert stays.left() == []
 
 
 @pytest.mark.parametrize(

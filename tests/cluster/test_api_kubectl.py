@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import threading
 
+import yaml
+
 from pytest_gpulab.cluster.resources import (
     CLUSTER_ROLE,
     CONFIG_MAP,
@@ -75,6 +77,13 @@ def test_apply_diff_and_validation(served: Served) -> None:
         "terminationMessagePath": "/dev/termination-log",
         "terminationMessagePolicy": "File",
     }
+
+
+def test_a_list_is_applied_as_its_items_are(served: Served) -> None:
+    listed = json.dumps({"apiVersion": "v1", "kind": "List", "items": list(yaml.safe_load_all(MANIFEST))})
+    assert apply(served, listed).count("created") == 3
+    assert apply(served, MANIFEST).count("unchanged") == 3
+    assert "deployment.apps/web configured" in apply(served, listed.replace("vllm:1", "vllm:2"))
 
 
 def test_get_prints_tables_and_describe_reads_the_autoscaler(served: Served) -> None:

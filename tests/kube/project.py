@@ -7,7 +7,9 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+import zipfile
+from base64 import b64encode
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -86,6 +88,19 @@ class Project:
         until(lambda: not self._processes())
         files = [path for path in self.state.rglob("*") if path.is_file()]
         return [*map(str, files), *self._processes()]
+
+    def holding(self, *secrets: str) -> list[str]:
+        """Files of the project in which one of `secrets` stands, as it is or in base64, packed or not."""
+        wanted = [form for secret in map(str.encode, secrets) for form in (secret, b64encode(secret).rstrip(b"="))]
+
+        def texts(path: Path) -> Iterator[bytes]:
+            yield path.read_bytes()
+            if zipfile.is_zipfile(path):  # a stored run
+                with zipfile.ZipFile(path) as packed:
+                    yield from map(packed.read, packed.namelist())
+
+        files = [path for path in self.folder.rglob("*") if path.is_file()]
+        return [str(path) for path in files if any(form in text for text in texts(path) for form in wanted)]
 
     def _processes(self) -> list[str]:
         found = []

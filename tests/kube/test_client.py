@@ -108,17 +108,21 @@ def test_a_kind_is_not_missing_because_discovery_failed(
             kube.list("none/v1", "Nothing")
 
 
-def test_discovery_is_kept_where_no_other_run_finds_it(
+def test_what_a_connection_writes_goes_with_its_run(
     cluster: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nobody else reads its discovery, and after a kill nothing of it lies anywhere but in the run's folder."""
     elsewhere, private = tmp_path / "tmp", tmp_path / "private"
     elsewhere.mkdir()
     private.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
     with connect(cluster.kubeconfig, private) as kube:
         kube.list("v1", "Node")
-    assert not list(elsewhere.glob("osrcp-*"))
-    assert [path.name.partition("-")[0] for path in private.iterdir()] == ["discovery"]
+    assert not list(elsewhere.iterdir())
+    authority = json.loads(cluster.kubeconfig.read_text())["clusters"][0]["cluster"]["certificate-authority-data"]
+    (discovery,) = private.glob("discovery-*")
+    (certificate,) = set(private.iterdir()) - {discovery}
+    assert certificate.read_bytes() == b64decode(authority)
 
 
 def test_its_headers_let_others_in(cluster: Running, tmp_path: Path) -> None:

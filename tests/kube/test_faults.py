@@ -53,7 +53,7 @@ def metrics_of(endpoint: Endpoint, cluster: Running) -> str:
     """What the first server says of itself, through the API server."""
     authority = json.loads(cluster.kubeconfig.read_text())["clusters"][0]["cluster"]["certificate-authority-data"]
     context = ssl.create_default_context(cadata=b64decode(authority).decode())
-    request = urllib.request.Request(endpoint.metrics_urls[0], headers=dict(endpoint.metrics_headers))
+    request = urllib.request.Request(endpoint.metrics_urls[0], headers=dict(endpoint.metrics_headers()))
     with urllib.request.urlopen(request, context=context, timeout=10) as answer:
         text: str = answer.read().decode()
     return text

@@ -15,7 +15,7 @@ from pytest_gpulab.kube.client import KubeError
 from pytest_gpulab.kube.ledger import Ledger
 from pytest_gpulab.kube.nodes import gpu_capacity
 from pytest_gpulab.kube.pool import Pool, join
-from pytest_gpulab.kube.serving import _address, _listeners, serve, withdraw
+from pytest_gpulab.kube.serving import _address, _scheme, serve, withdraw
 from pytest_gpulab.kube.teardown import tear_down
 from pytest_gpulab.render import PublicAccess, documents, pool_objects, serving_name, serving_objects
 from tests.kube.conftest import PROFILE
@@ -71,39 +71,27 @@ def test_what_cannot_serve_is_refused(raised: Callable[[Running], Pool], cluster
 
 
 @pytest.mark.parametrize(
-    ("entries", "url"),
+    ("entries", "scheme", "url"),
     [
-        ([], ""),
-        ([{"hostname": "lb.elb.amazonaws.com"}], "http://lb.elb.amazonaws.com"),
-        ([{"ip": "10.0.0.1"}], "http://10.0.0.1"),
-        ([{"hostname": "127.0.0.1", "ports": [{"port": 8123, "protocol": "TCP"}]}], "http://127.0.0.1:8123"),
+        ([], "http", ""),
+        ([{"hostname": "lb.elb.amazonaws.com"}], "http", "http://lb.elb.amazonaws.com"),
+        ([{"hostname": "lb.elb.amazonaws.com"}], "https", "https://lb.elb.amazonaws.com"),
+        ([{"ip": "10.0.0.1"}], "http", "http://10.0.0.1"),
+        ([{"hostname": "127.0.0.1", "ports": [{"port": 8123}]}], "https", "https://127.0.0.1:8123"),
     ],
 )
-def test_addresses_of_load_balancers(entries: list[dict[str, Any]], url: str) -> None:
-    assert _address({"status": {"loadBalancer": {"ingress": entries}}}) == url
-
-
-@pytest.mark.parametrize(
-    ("listener", "url"),
-    [
-        ({"port": 443, "protocol": "HTTPS"}, "https://lb.elb.amazonaws.com"),
-        ({"port": 8443, "protocol": "HTTPS"}, "https://lb.elb.amazonaws.com:8443"),
-        ({"port": 80, "protocol": "HTTP"}, "http://lb.elb.amazonaws.com"),
-    ],
-)
-def test_addresses_by_the_listeners_of_the_class(listener: dict[str, Any], url: str) -> None:
-    status = {"loadBalancer": {"ingress": [{"hostname": "lb.elb.amazonaws.com"}]}}
-    assert _address({"status": status}, [listener]) == url
+def test_addresses_of_load_balancers(entries: list[dict[str, Any]], scheme: str, url: str) -> None:
+    assert _address({"status": {"loadBalancer": {"ingress": entries}}}, scheme) == url
 
 
 def test_public_access_is_seen_in_the_cluster(raised: Callable[[Running], Pool], cluster: Running) -> None:
     pool = raised(cluster)
     (ingress,) = (obj for obj in documents("vllm") if obj["kind"] == "Ingress")
-    assert _listeners(pool.kube, ingress) == []
+    assert _scheme(pool.kube, ingress) == "http"
     public = PublicAccess("arn:aws:acm:us-west-2:123456789012:certificate/a", ("203.0.113.7/32",))
     objects = pool_objects(FROM_ZERO, ["g4dn.xlarge"], run=pool.run, public=public)
     apply(pool.kube, pool.ledger, [obj for obj in objects if obj["kind"] == "IngressClassParams"])
-    assert _listeners(pool.kube, ingress) == [{"port": 443, "protocol": "HTTPS"}]
+    assert _scheme(pool.kube, ingress) == "https"
 
 
 def test_an_ingress_that_nobody_has_seen_to() -> None:

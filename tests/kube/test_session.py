@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kube.project import Project, until
+from tests.kube.project import CONFTEST, Project, until
 
 STAYS = """
     import time
@@ -45,6 +45,27 @@ def test_a_signal_ends_it_at_zero(tmp_path: Path, number: signal.Signals, worker
         session.send_signal(number)
         output = session.communicate(timeout=60)[0]
     assert session.returncode == 2, output
+    assert project.left() == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_during_the_teardown_says_what_finishes_it(tmp_path: Path) -> None:
+    interrupts = """
+from pytest_gpulab.kube import teardown
+
+def tear_down(ledger):
+    os.kill(os.getpid(), signal.SIGINT)
+    raise AssertionError("nobody waits that long")
+
+teardown.tear_down = tear_down
+"""
+    project = Project(tmp_path / "p", "def test_uses(gpu_pool):\n    pass", CONFTEST + interrupts)
+    status, output = project.run()
+    assert status == 1 and "1 passed" in output, output
+    assert "the teardown was interrupted before its end" in output
+    assert "something is left: `gpulab reap` tries again" in output
+    assert project.left() != []
+    assert project.reap()[0] == 0
     assert project.left() == []
 
 

@@ -107,7 +107,9 @@ def scraping(pages, check):
         urls = tuple(f"{base}/{number}" for number in range(len(pages.texts)))
         try:
             async with aiohttp.ClientSession() as session:
-                await check(Scraper(Endpoint(base, "m", metrics_urls=urls, metrics_headers={"X-Key": "k"}), session))
+                await check(
+                    Scraper(Endpoint(base, "m", metrics_urls=urls, metrics_headers=lambda: {"X-Key": "k"}), session)
+                )
         finally:
             await runner.cleanup()
 

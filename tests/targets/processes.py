@@ -18,6 +18,7 @@ behaviour = os.path.basename(flags["--model"])
 stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 child = subprocess.Popen([sys.executable, "-c", stubborn])
 print("pids", os.getpid(), child.pid, flush=True)
+print("non-default args:", flags, flush=True)
 if behaviour == "fails":
     print("(EngineCore pid=7) ERROR 11-24 12:40:29 [core.py:1510] ValueError: No common block size for 7.")
     print("RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}")

@@ -68,6 +68,21 @@ def test_equal_arguments_share_a_server(machine: Path, loads: list[tuple[Workloa
     target.close()
 
 
+def test_no_key_of_the_environment_is_in_the_logs(
+    machine: Path, loads: list[tuple[Workload, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM logs its arguments, so a key must never be one."""
+    for name in ("GPULAB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "planted-key")
+    told: list[str] = []
+    target = VllmTarget(machine / "models", machine / "logs", told.append)
+    run = target.run(WORKLOAD, T4, 0)
+    target.close()
+    [log] = (machine / "logs").iterdir()
+    assert "'--model'" in log.read_text() and "planted-key" not in log.read_text()
+    assert "planted-key" not in f"{told} {run}"
+
+
 def test_another_profile_restarts_it(machine: Path, loads: list[tuple[Workload, str]]) -> None:
     target = target_on(machine)
     target.run(WORKLOAD, T4, 0)

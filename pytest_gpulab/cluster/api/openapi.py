@@ -1,4 +1,4 @@
-"""`/openapi/v3`: what kubectl needs to validate, explain and merge."""
+"""`/openapi/v3`: what kubectl needs to validate, explain and merge; and an empty `/openapi/v2`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ _QUERY = [
 ]
 _ACTIONS = {"get": "get", "put": "put", "patch": "patch", "delete": "delete"}
 _KIND = "x-kubernetes-group-version-kind"
+
+
+VERSION_2 = b"\x0a\x032.0"
+"""`/openapi/v2` as protobuf: version 2.0, without definitions. kubectl reads it for the items of a `kind: List` only,
+and checks no further those that it finds no definition for."""
+VERSION_2_TYPE = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf"
 
 
 def document(path: str, resources: Resources) -> Object | None:

@@ -13,7 +13,14 @@ from typing import Self
 from aiohttp import web
 
 from pytest_gpulab.cluster.api import discovery, openapi
-from pytest_gpulab.cluster.api.access import LOOPBACK, is_authorized, kubeconfig, new_certificates, new_token
+from pytest_gpulab.cluster.api.access import (
+    LOOPBACK,
+    Certificates,
+    is_authorized,
+    kubeconfig,
+    new_certificates,
+    new_token,
+)
 from pytest_gpulab.cluster.api.custom import serve_custom_resources
 from pytest_gpulab.cluster.api.objects import answer
 from pytest_gpulab.cluster.api.requests import Call, no_such_path, read_call
@@ -56,12 +63,13 @@ class ApiServer:
         metrics: Metrics | None = None,
         logs: Logs | None = None,
         proxy: Proxy | None = None,
+        certificates: Certificates | None = None,
     ) -> None:
         self.store = store
         self.token = new_token()
         self.port = port
         self._metrics, self._logs, self._proxy = metrics, logs, proxy
-        self._certificates = new_certificates()
+        self._certificates = certificates or new_certificates()
         self._watching: set[asyncio.Task[object] | None] = set()
         self._runner: web.AppRunner | None = None
         serve_custom_resources(store)
@@ -166,6 +174,8 @@ class ApiServer:
             if found["kind"] == "APIGroupDiscoveryList":
                 response.headers["Content-Type"] = discovery.AGGREGATED
             return response
+        if path == "/openapi/v2":
+            return web.Response(body=openapi.VERSION_2, content_type=openapi.VERSION_2_TYPE)
         specification = openapi.document(path, self.store.resources)
         return _json(specification) if specification is not None else None
 
