@@ -1,9 +1,9 @@
 """``python -m pytest_gpulab.load.pod``: one pod of an Indexed Job, which sends its share from inside the cluster.
 
-Its environment says everything: ``GPULAB_LOAD_SHARE`` names the share's file, ``JOB_COMPLETION_INDEX`` says which part
-of it is this pod's, ``GPULAB_LOAD_SERVICE`` names the model's Service, whose address Kubernetes has put beside it, and
-``GPULAB_API_KEY`` is the key. Before it says ``ready`` it has seen the model listed, on the way on which it will send,
-and that it can read answers in time on this machine; then it goes on as `shard` does.
+Its environment says everything: ``GPULAB_LOAD_SHARE`` names the share's file, ``JOB_COMPLETION_INDEX`` says which of
+the shards it is, ``GPULAB_LOAD_SERVICE`` names the model's Service, whose address Kubernetes has put beside it, and
+``GPULAB_API_KEY`` is the key. Before it says ``ready`` it has seen the model listed, on the way that it is going to
+send, and that it can read answers in time on this machine; then it goes on as `shard` does.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from pytest_gpulab.load.progress import Progress, of_all
 from pytest_gpulab.load.share import Outcome
 from pytest_gpulab.load.wire import outcome_of_parts
 
-_LAST_LINES = 5
+_LAST_LINES = 3
 
 
 class Heard:
@@ -41,7 +41,7 @@ class Heard:
             if self.outcome is None and _is_last(rest):
                 self.outcome = outcome_of_parts(self._parts)
         else:
-            self.others.append(line)
+            self.others.append(line.strip())
 
 
 def _is_last(part: str) -> bool:
