@@ -69,7 +69,8 @@ class Lab:
     def logs(self) -> list[str]:
         """Of the pods, so far."""
         core = client.CoreV1Api(self.pool.kube._api)
-        return [core.read_namespaced_pod_log(pod["metadata"]["name"], "gpulab") for pod in self.pods()]
+        names = [pod["metadata"]["name"] for pod in self.pods()]
+        return [core.read_namespaced_pod_log(name, "gpulab", _preload_content=False).data.decode() for name in names]
 
     def left(self) -> list[str]:
         """What a load must not leave behind."""

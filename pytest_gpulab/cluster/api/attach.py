@@ -43,8 +43,9 @@ async def attach(processes: Attachable, request: web.Request, namespace: str, na
     telling = asyncio.create_task(_tell(socket, output))
     try:
         async for message in socket:
-            if message.type is WSMsgType.BINARY and message.data[:1] == _STDIN and flag(request.query, "stdin"):
-                processes.write(namespace, name, message.data[1:])
+            data = message.data.encode() if message.type is WSMsgType.TEXT else message.data
+            if data[:1] == _STDIN and flag(request.query, "stdin"):
+                processes.write(namespace, name, data[1:])
     finally:
         telling.cancel()
         with contextlib.suppress(asyncio.CancelledError, ConnectionError):
