@@ -48,7 +48,13 @@ LAST_WORDS_S: Final = 10.0
 _LEAD_S: Final = 3.0
 _POLL_S: Final = 0.5
 _QUESTIONS: Final = 8
+_MOST_REQUESTS: Final = 100_000
+"""Of one pod: its outcome is about 46 bytes each in the log, which the kubelet puts away at 10 MiB."""
 _INDEX: Final = "batch.kubernetes.io/job-completion-index"
+
+_STDIN: Final = b"\0"
+_STDOUT: Final = b"\1"
+"""Channels of an attached process."""
 
 _BYTES_PER_TOKEN: Final = 8
 """Of a prompt in an encoded body: up to five digits and a comma, and some room."""
@@ -80,11 +86,19 @@ class Pods:
 
     A pod starts at a time by its own clock: it is asked for the time beforehand, and half of the fastest answer's way
     is how far its start may be off, in `Outcome.clock_error_s`.
+
+    BeyondHeadroom: a pod could not bring back what its share comes to.
     """
 
     lead_s = _LEAD_S
 
     def __init__(self, pool: Pool, service: str, shares: Sequence[Share]) -> None:
+        requests = math.ceil(len(schedule(shares[0].workload, shares[0].seed)) / len(shares))
+        if requests > _MOST_REQUESTS:
+            raise BeyondHeadroom(
+                f"a pod's log holds the outcome of {_MOST_REQUESTS:,} requests, each of {len(shares)} would send "
+                f"{requests:,}: shorten the run, or load from the client's machine"
+            )
         self._pool = pool
         self._kube: Kube = pool.kube
         self._service = service
@@ -132,8 +146,7 @@ class Pods:
         """Have it sent from `start` on. PodLost: a share's outcome is lost, and the run with it."""
         start_unix = time.time() + start - time.perf_counter()
         for pod in self._pods:
-            assert pod.stdin is not None
-            await pod.stdin.send_bytes(b"\0%r\n" % (start_unix + pod.offset_s))
+            await self._tell(pod, repr(start_unix + pod.offset_s))
         try:
             async with asyncio.timeout(self._longest_s()):
                 await self._until_done()
@@ -301,19 +314,29 @@ class Pods:
             raise BeyondHeadroom(f"pod {pod.name}: {' / '.join(pod.heard.others)}")
         await asyncio.to_thread(self._lost, f"pod {pod.name} ended without its outcome")
 
+    async def _tell(self, pod: _Pod, line: str) -> None:
+        """Write a line to a pod's stdin. PodLost: it does not listen any more."""
+        assert pod.stdin is not None
+        try:
+            await pod.stdin.send_bytes(_STDIN + f"{line}\n".encode())
+        except (aiohttp.ClientError, ConnectionError) as broken:
+            self._lost(f"pod {pod.name} could not be told {line!r}: {broken}")
+
     async def _compare_clocks(self, pod: _Pod) -> None:
         """Ask for the time some times: the fastest answer knows it best. Leaves the way to stdin open."""
-        pod.stdin = await self._open.enter_async_context(
-            self._session.ws_connect(
-                self._url(pod, "attach?stdin=true&stdout=true&stderr=true"),
-                headers=self._kube.headers,
-                protocols=("v5.channel.k8s.io", "v4.channel.k8s.io"),
-                max_msg_size=0,
-            )
+        attaching = self._session.ws_connect(
+            self._url(pod, "attach?stdin=true&stdout=true&stderr=true"),
+            headers=self._kube.headers,
+            protocols=("v5.channel.k8s.io", "v4.channel.k8s.io"),
+            max_msg_size=0,
         )
+        try:
+            pod.stdin = await self._open.enter_async_context(attaching)
+        except aiohttp.ClientError as refused:
+            self._lost(f"pod {pod.name} could not be attached to: {refused}", WaitFailed)
         for _ in range(_QUESTIONS):
             asked = time.time()
-            await pod.stdin.send_bytes(b"\0clock\n")
+            await self._tell(pod, "clock")
             there = await _told_time(pod.stdin)
             answered = time.time()
             if (error_s := (answered - asked) / 2) < pod.error_s:
@@ -325,7 +348,7 @@ async def _told_time(stdout: aiohttp.ClientWebSocketResponse) -> float:
     rest = b""
     async with asyncio.timeout(SILENCE_S):
         async for message in stdout:
-            if message.type is not aiohttp.WSMsgType.BINARY or message.data[:1] != b"\x01":
+            if message.type is not aiohttp.WSMsgType.BINARY or message.data[:1] != _STDOUT:
                 continue
             *lines, rest = (rest + message.data[1:]).split(b"\n")
             for line in lines:

@@ -55,7 +55,7 @@ class Loading:
     ) -> Run:
         """A Run of `workload` on `endpoint`. TargetRefused when it is beyond what the client can do.
 
-        `elsewhere` sends from another place and knows its own limits; None: this machine sends, within its headroom.
+        `elsewhere` sends from another place, which knows its limits; None: this machine does, within its headroom.
         """
         from pytest_gpulab.load import BeyondHeadroom, run_load
 

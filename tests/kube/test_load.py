@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import threading
 import time
+import zipfile
 from base64 import b64encode
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +29,7 @@ from pytest_gpulab.kube.serving import serve
 from pytest_gpulab.kube.teardown import tear_down
 from pytest_gpulab.kube.wait import WaitFailed
 from pytest_gpulab.load import BeyondHeadroom, LoadInterrupted, run_load
+from pytest_gpulab.load.shipped import shard_archive
 from pytest_gpulab.run import Run
 from tests.kube.conftest import PROFILE
 from tests.kube.running import Running
@@ -34,6 +37,7 @@ from tests.load.loads import without_lag
 
 SHORT = Workload(arrivals=Poisson(rate=12.0), shape=Shape(prompt_tokens=64, output_tokens=16), requests=30)
 LONG = Workload(arrivals=Constant(rate=5.0), shape=Shape(prompt_tokens=64, output_tokens=16), duration_s=60.0)
+INDEX = "JOB_COMPLETION_INDEX"
 SERVICE = render.serving_name(PROFILE)
 
 
@@ -274,6 +278,38 @@ def test_teardown_takes_a_load_along_and_its_machines(
     assert ended == [[]]
     assert lab.cluster.labelled(lab.pool.run) == [] and lab.gone()
     assert not [pool for pool in lab.store.list(NODE_POOL) if pool["metadata"]["name"] == "load"]
+
+
+def test_a_pod_whose_clock_is_wrong_starts_with_the_others(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is an hour ahead, one an hour behind: both send on time, and the server's gauges fit what they saw."""
+    ahead = f"3600 * (1 - 2 * int(os.environ['{INDEX}']))"
+    wrong = f"import os, time as t; n = t.time; t.time = lambda: n() + {ahead}"
+    packed = io.BytesIO(shard_archive())
+    with zipfile.ZipFile(packed, "a") as archive:
+        text = archive.read("pytest_gpulab/load/pod.py").decode()
+        archive.writestr("pytest_gpulab/load/pod.py", text.replace("import json\n", f"import json\n{wrong}\n"))
+    monkeypatch.setattr(module, "shard_archive", packed.getvalue)
+    told: list[float] = []
+    tell = Pods._tell
+
+    async def telling(self: Pods, pod: Any, line: str) -> None:
+        if line != "clock":
+            told.append(float(line) - time.time())
+        await tell(self, pod, line)
+
+    monkeypatch.setattr(Pods, "_tell", telling)
+    run = lab.load(SHORT)
+    assert told == [pytest.approx(3600, abs=10), pytest.approx(-3600, abs=10)]
+    assert run.requests["ok"].all()
+    assert run.totals["request_success_total"] == 30
+    assert run.duration_s < 60
+    assert lab.gone()
+
+
+def test_more_than_a_log_holds_is_refused(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST_REQUESTS", 14)
+    with pytest.raises(BeyondHeadroom, match="each of 2 would send 15"):
+        lab.load(SHORT)
 
 
 def test_the_longest_a_run_can_take() -> None:
