@@ -14,7 +14,7 @@ import ssl
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self
 
@@ -26,59 +26,33 @@ from pytest_gpulab.kube.apply import apply
 from pytest_gpulab.kube.client import Kube
 from pytest_gpulab.kube.objects import Object, Ref
 from pytest_gpulab.kube.pool import Pool
+from pytest_gpulab.kube.shard_pod import SILENCE_S, PodLost, ShardPod, phase, terminated
 from pytest_gpulab.kube.teardown import Teardown, remove
 from pytest_gpulab.kube.wait import WaitFailed, describe, pod_failure
 from pytest_gpulab.load.headroom import BeyondHeadroom
-from pytest_gpulab.load.pod import BEYOND_HEADROOM
 from pytest_gpulab.load.progress import Progress
 from pytest_gpulab.load.share import Outcome, Share, merge
 from pytest_gpulab.load.shipped import shard_archive
 from pytest_gpulab.load.wire import share_to_line
-from pytest_gpulab.load.words import Heard, progress_of
+from pytest_gpulab.load.words import progress_of
 from pytest_gpulab.render import NAMESPACE, load_objects
 
 RUNNING_S: Final = 1200.0
 """Cluster seconds until all pods run: a machine, and vLLM's image on it."""
 READY_S: Final = 180.0
 """Real seconds from there until all are ready: bodies encoded, the model seen, the client's own speed measured."""
-SILENCE_S: Final = 30.0
-"""Real seconds without a line from a pod, which says how far it is each second."""
 LAST_WORDS_S: Final = 10.0
 """Real seconds in which pods that are ended say what they have sent; a Ctrl-C waits no longer."""
 _LEAD_S: Final = 3.0
 _POLL_S: Final = 0.5
-_QUESTIONS: Final = 8
 _MOST_REQUESTS: Final = 100_000
 """Of one pod: its outcome is about 46 bytes each in the log, which the kubelet puts away at 10 MiB."""
 _INDEX: Final = "batch.kubernetes.io/job-completion-index"
-
-_STDIN: Final = b"\0"
-_STDOUT: Final = b"\1"
-"""Channels of an attached process."""
 
 _BYTES_PER_TOKEN: Final = 8
 """Of a prompt in an encoded body: up to five digits and a comma, and some room."""
 _BYTES_PER_REQUEST: Final = 2048
 _BYTES_AT_LEAST: Final = 512 << 20
-
-
-class PodLost(WaitFailed):
-    """A pod that sent a share has ended without its outcome, or does not answer."""
-
-
-@dataclass
-class _Pod:
-    """One shard's pod. `offset_s`: its clock ahead of this machine's, known to within `error_s`."""
-
-    index: int
-    heard: Heard = field(default_factory=Heard)
-    name: str = ""
-    uid: str = ""
-    offset_s: float = 0.0
-    error_s: float = math.inf
-    spoke: float = 0.0
-    """When it last said something, by ``time.monotonic``."""
-    stdin: aiohttp.ClientWebSocketResponse | None = None
 
 
 class Pods:
@@ -105,7 +79,7 @@ class Pods:
         self._shares = shares
         self._job = Ref("batch/v1", "Job", f"load-{secrets.token_hex(4)}", NAMESPACE)
         self._config = Ref("v1", "ConfigMap", self._job.name, NAMESPACE)
-        self._pods = [_Pod(index) for index in range(len(shares))]
+        self._pods = [ShardPod(self._kube, index) for index in range(len(shares))]
         self._open = AsyncExitStack()
         self._following: list[asyncio.Task[None]] = []
 
@@ -118,12 +92,13 @@ class Pods:
             BeyondHeadroom: one cannot do its share.
         """
         try:
-            self._session = await self._open.enter_async_context(self._new_session())
+            session = await self._open.enter_async_context(_new_session(self._kube))
             await asyncio.to_thread(apply, self._kube, self._pool.ledger, self._objects())
             await self._until("all pods to run", self._all_run, RUNNING_S / self._kube.speed)
-            self._following = [asyncio.create_task(self._follow(pod)) for pod in self._pods]
+            self._following = [asyncio.create_task(pod.follow(session)) for pod in self._pods]
             await self._until("all pods to be ready", self._all_ready, READY_S)
-            await asyncio.gather(*map(self._compare_clocks, self._pods))
+            attached = [await self._open.enter_async_context(pod.attached(session)) for pod in self._pods]
+            await asyncio.gather(*(pod.compare_clocks() for pod in attached))
         except BaseException:
             await self.__aexit__(None, None, None)
             raise
@@ -146,7 +121,7 @@ class Pods:
         """Have it sent from `start` on. PodLost: a share's outcome is lost, and the run with it."""
         start_unix = time.time() + start - time.perf_counter()
         for pod in self._pods:
-            await self._tell(pod, repr(start_unix + pod.offset_s))
+            await pod.tell(repr(start_unix + pod.offset_s))
         try:
             async with asyncio.timeout(self._longest_s()):
                 await self._until_done()
@@ -192,9 +167,7 @@ class Pods:
         """Ask, off the event loop, until it holds. WaitFailed: not in time; what `holds` raises."""
         deadline = time.monotonic() + allowed_s
         while not await asyncio.to_thread(holds):
-            for task in self._following:
-                if task.done():
-                    task.result()
+            self._check()
             if time.monotonic() > deadline:
                 self._lost(f"waited for {what}: not within {allowed_s:g} s", WaitFailed)
             await asyncio.sleep(_POLL_S)
@@ -208,7 +181,7 @@ class Pods:
         listed = self._listed()
         if (failed := self._failed_job()) or (failed := pod_failure(listed)):
             self._lost(f"the load could not be started: {failed}", WaitFailed)
-        running = {int(pod["metadata"]["labels"][_INDEX]): pod for pod in listed if _phase(pod) == "Running"}
+        running = {int(pod["metadata"]["annotations"][_INDEX]): pod for pod in listed if phase(pod) == "Running"}
         for pod in self._pods:
             if pod.index in running:
                 pod.name, pod.uid = (running[pod.index]["metadata"][key] for key in ("name", "uid"))
@@ -230,12 +203,16 @@ class Pods:
         """Until every pod has said its outcome. PodLost."""
         while not all(pod.heard.outcome for pod in self._pods):
             await asyncio.wait(self._following, timeout=_POLL_S, return_when=asyncio.FIRST_EXCEPTION)
-            for task in self._following:
-                if task.done():
-                    task.result()
-            for pod in self._pods:
-                if pod.heard.outcome is None and time.monotonic() - pod.spoke > SILENCE_S:
-                    self._lost(f"pod {pod.name} has said nothing for {SILENCE_S:g} s")
+            self._check()
+
+    def _check(self) -> None:
+        """PodLost when a pod is, or has said nothing for too long; BeyondHeadroom when it cannot do its share."""
+        for task in self._following:
+            if task.done() and (error := task.exception()) is not None:
+                self._lost(str(error)) if isinstance(error, PodLost) else _raise(error)
+        for pod in self._pods:
+            if pod.is_silent():
+                self._lost(f"pod {pod.name} has said nothing for {SILENCE_S:g} s")
 
     async def _last_words(self) -> bool:
         """End the pods, which say what they have sent; whether all have."""
@@ -248,7 +225,7 @@ class Pods:
         pods = self._listed()
         ends = [*filter(None, map(_end, pods)), *(f"there is no pod {name}" for name in self._missing(pods))]
         said = [f"{pod.name} wrote: {' / '.join(pod.heard.others)}" for pod in self._pods if pod.heard.others]
-        about = [describe(self._kube, pod) for pod in pods if _phase(pod) != "Succeeded"][:3]
+        about = [describe(self._kube, pod) for pod in pods if phase(pod) != "Succeeded"][:3]
         raise kind("; ".join([f"load from inside the cluster: {why}", *ends, *said, *about]))
 
     def _missing(self, pods: Sequence[Object]) -> list[str]:
@@ -260,102 +237,15 @@ class Pods:
         error_s = max(pod.error_s for pod in self._pods) if len(self._pods) > 1 else 0.0
         return replace(merge(outcomes), clock_error_s=error_s)
 
-    # the pods' words
 
-    def _new_session(self) -> aiohttp.ClientSession:
-        context = ssl.create_default_context(cafile=self._kube.ca)
-        return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(ssl=context, limit=0), timeout=aiohttp.ClientTimeout(total=None)
-        )
-
-    def _url(self, pod: _Pod, what: str) -> str:
-        return f"{self._kube.url}/api/v1/namespaces/{NAMESPACE}/pods/{pod.name}/{what}"
-
-    async def _follow(self, pod: _Pod) -> None:
-        """Hear a pod's log to its outcome; from the start again when the connection breaks.
-
-        Raises:
-            PodLost: it ended without one.
-            BeyondHeadroom: it cannot do its share.
-        """
-        pod.spoke = time.monotonic()
-        while pod.heard.outcome is None:
-            try:
-                await self._hear(pod, "log?follow=true")
-            except (aiohttp.ClientError, TimeoutError):
-                await asyncio.sleep(_POLL_S)
-                continue
-            if pod.heard.outcome is None:
-                await self._look(pod)
-
-    async def _hear(self, pod: _Pod, what: str) -> None:
-        timeout = aiohttp.ClientTimeout(total=None, sock_read=SILENCE_S)
-        async with self._session.get(self._url(pod, what), headers=self._kube.headers, timeout=timeout) as answer:
-            if answer.status != 200:
-                return
-            rest = b""
-            async for data in answer.content.iter_any():
-                pod.spoke = time.monotonic()
-                *lines, rest = (rest + data).split(b"\n")
-                for line in lines:
-                    pod.heard.line(line.decode(errors="replace"))
-
-    async def _look(self, pod: _Pod) -> None:
-        """Its log has ended: what has become of the pod. Nothing, if it still runs."""
-        found = await asyncio.to_thread(self._kube.get, Ref("v1", "Pod", pod.name, NAMESPACE))
-        if found is not None and _phase(found) == "Running":
-            await asyncio.sleep(_POLL_S)
-            return
-        if found is not None:
-            await self._hear(pod, "log")
-        if pod.heard.outcome is not None:
-            return
-        if found is not None and _exit_code(found) == BEYOND_HEADROOM:
-            raise BeyondHeadroom(f"pod {pod.name}: {' / '.join(pod.heard.others)}")
-        await asyncio.to_thread(self._lost, f"pod {pod.name} ended without its outcome")
-
-    async def _tell(self, pod: _Pod, line: str) -> None:
-        """Write a line to a pod's stdin. PodLost: it does not listen any more."""
-        assert pod.stdin is not None
-        try:
-            await pod.stdin.send_bytes(_STDIN + f"{line}\n".encode())
-        except (aiohttp.ClientError, ConnectionError) as broken:
-            self._lost(f"pod {pod.name} could not be told {line!r}: {broken}")
-
-    async def _compare_clocks(self, pod: _Pod) -> None:
-        """Ask for the time some times: the fastest answer knows it best. Leaves the way to stdin open."""
-        attaching = self._session.ws_connect(
-            self._url(pod, "attach?stdin=true&stdout=true&stderr=true"),
-            headers=self._kube.headers,
-            protocols=("v5.channel.k8s.io", "v4.channel.k8s.io"),
-            max_msg_size=0,
-        )
-        try:
-            pod.stdin = await self._open.enter_async_context(attaching)
-        except aiohttp.ClientError as refused:
-            self._lost(f"pod {pod.name} could not be attached to: {refused}", WaitFailed)
-        for _ in range(_QUESTIONS):
-            asked = time.time()
-            await self._tell(pod, "clock")
-            there = await _told_time(pod.stdin)
-            answered = time.time()
-            if (error_s := (answered - asked) / 2) < pod.error_s:
-                pod.offset_s, pod.error_s = there - (asked + answered) / 2, error_s
+def _new_session(kube: Kube) -> aiohttp.ClientSession:
+    """For as long as it takes, and to as many pods as there are."""
+    connector = aiohttp.TCPConnector(ssl=ssl.create_default_context(cafile=kube.ca), limit=0)
+    return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
 
 
-async def _told_time(stdout: aiohttp.ClientWebSocketResponse) -> float:
-    """The next answer of a pod to ``clock``. PodLost: there is none."""
-    rest = b""
-    async with asyncio.timeout(SILENCE_S):
-        async for message in stdout:
-            if message.type is not aiohttp.WSMsgType.BINARY or message.data[:1] != _STDOUT:
-                continue
-            *lines, rest = (rest + message.data[1:]).split(b"\n")
-            for line in lines:
-                word, _, told = line.partition(b" ")
-                if word == b"clock":
-                    return float(told)
-    raise PodLost("a pod of the load ended while it was asked for the time")
+def _raise(error: BaseException) -> NoReturn:
+    raise error
 
 
 def longest_s(workload: Workload, seed: int, longest_answer_s: float) -> float:
@@ -377,24 +267,11 @@ def _memory_bytes(share: Share) -> float:
     )
 
 
-def _phase(pod: Object) -> str:
-    return str((pod.get("status") or {}).get("phase") or "")
-
-
-def _terminated(pod: Object) -> dict[str, Any]:
-    statuses = (pod.get("status") or {}).get("containerStatuses") or ()
-    return next((found for one in statuses if (found := (one.get("state") or {}).get("terminated"))), {})
-
-
-def _exit_code(pod: Object) -> int | None:
-    return _terminated(pod).get("exitCode")
-
-
 def _end(pod: Object) -> str:
     """How a pod failed: OOMKilled, Evicted, an exit status; empty when it has not."""
-    if _phase(pod) != "Failed":
+    if phase(pod) != "Failed":
         return ""
-    status, ended = pod["status"], _terminated(pod)
+    status, ended = pod["status"], terminated(pod)
     reason = status.get("reason") or ended.get("reason") or "failed"
     code = f", exit status {ended['exitCode']}" if "exitCode" in ended else ""
     message = f": {status['message']}" if status.get("message") else ""

@@ -41,8 +41,7 @@ def main() -> int:
     if (refusal := _unreachable(share.endpoint)) is not None:
         print(f"{share.endpoint.url}/v1/models must list {share.endpoint.model}: {refusal}", flush=True)
         return 1
-    asked = chunk_rate_of(share)
-    if asked and not keeps_up(asked):
+    if not keeps_up(asked := chunk_rate_of(share)):
         print(f"this pod cannot read {asked:,.0f} tokens/s in time: use more pods or a larger machine", flush=True)
         return BEYOND_HEADROOM
     return send(share)

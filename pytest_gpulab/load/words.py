@@ -40,7 +40,7 @@ class Heard:
             self._parts.append(rest)
             if self.outcome is None and _is_last(rest):
                 self.outcome = outcome_of_parts(self._parts)
-        else:
+        elif line.strip() not in self.others:
             self.others.append(line.strip())
 
 

@@ -22,10 +22,12 @@ from pytest_gpulab import BoundedQueue, ClosedLoop, Constant, Poisson, Shape, Wo
 from pytest_gpulab.arrivals import schedule
 from pytest_gpulab.cluster.resources import CONFIG_MAP, JOB, NODE_POOL, POD
 from pytest_gpulab.kube import load as module
+from pytest_gpulab.kube import shard_pod
 from pytest_gpulab.kube.ledger import Ledger
-from pytest_gpulab.kube.load import PodLost, Pods, longest_s
+from pytest_gpulab.kube.load import Pods, longest_s
 from pytest_gpulab.kube.pool import Pool
 from pytest_gpulab.kube.serving import serve
+from pytest_gpulab.kube.shard_pod import PodLost, ShardPod
 from pytest_gpulab.kube.teardown import tear_down
 from pytest_gpulab.kube.wait import WaitFailed
 from pytest_gpulab.load import BeyondHeadroom, LoadInterrupted, run_load
@@ -188,7 +190,8 @@ def test_a_pod_that_is_evicted_ends_the_run(lab: Lab, monkeypatch: pytest.Monkey
 
 @pytest.mark.slow
 def test_a_pod_that_falls_silent_ends_the_run(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SILENCE_S", 4.0)
+    for of in (module, shard_pod):
+        monkeypatch.setattr(of, "SILENCE_S", 4.0)
     watching = Watching(monkeypatch)
     stopping = when(watching.sending, lambda: os.kill(lab.pids()[1], signal.SIGSTOP))
     with pytest.raises(PodLost, match=r"pod load-\w+-1-\w+ has said nothing for 4 s"):
@@ -284,20 +287,23 @@ def test_a_pod_whose_clock_is_wrong_starts_with_the_others(lab: Lab, monkeypatch
     """One is an hour ahead, one an hour behind: both send on time, and the server's gauges fit what they saw."""
     ahead = f"3600 * (1 - 2 * int(os.environ['{INDEX}']))"
     wrong = f"import os, time as t; n = t.time; t.time = lambda: n() + {ahead}"
-    packed = io.BytesIO(shard_archive())
-    with zipfile.ZipFile(packed, "a") as archive:
-        text = archive.read("pytest_gpulab/load/pod.py").decode()
-        archive.writestr("pytest_gpulab/load/pod.py", text.replace("import json\n", f"import json\n{wrong}\n"))
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive, zipfile.ZipFile(io.BytesIO(shard_archive())) as shipped:
+        for name in shipped.namelist():
+            text = shipped.read(name).decode()
+            archive.writestr(
+                name, text.replace("import json\n", f"import json\n{wrong}\n") if "/pod" in name else text
+            )
     monkeypatch.setattr(module, "shard_archive", packed.getvalue)
     told: list[float] = []
-    tell = Pods._tell
+    tell = ShardPod.tell
 
-    async def telling(self: Pods, pod: Any, line: str) -> None:
+    async def telling(self: ShardPod, line: str) -> None:
         if line != "clock":
             told.append(float(line) - time.time())
-        await tell(self, pod, line)
+        await tell(self, line)
 
-    monkeypatch.setattr(Pods, "_tell", telling)
+    monkeypatch.setattr(ShardPod, "tell", telling)
     run = lab.load(SHORT)
     assert told == [pytest.approx(3600, abs=10), pytest.approx(-3600, abs=10)]
     assert run.requests["ok"].all()
