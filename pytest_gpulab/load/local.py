@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import math
 import sys
 import time
@@ -94,10 +95,12 @@ class OneProcess:
         self._sending = Sending(share)
 
     async def __aenter__(self) -> Self:
+        gc.collect()  # in a long session it takes longer than the lead; what is frozen, the run need not look at again
+        gc.freeze()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        return None
+        gc.unfreeze()
 
     async def run(self, start: float) -> Outcome:
         return await self._sending.run(start)

@@ -29,7 +29,9 @@ class ClusterTarget:
     max_repeats = MEASURED_REPEATS
     repeatable = False
 
-    def __init__(self, serving: Serving, log_dir: Path, tell: Callable[[str], None], load_from: str) -> None:
+    def __init__(
+        self, serving: Serving, log_dir: Path, tell: Callable[[str], None], load_from: str = "client"
+    ) -> None:
         self._serving = serving
         self._load_from = load_from
         self._loading = Loading(log_dir / "interrupted", tell)

@@ -38,7 +38,7 @@ class EksTarget:
     repeatable = False
 
     def __init__(
-        self, serving: Serving, region: str, log_dir: Path, tell: Callable[[str], None], load_from: str
+        self, serving: Serving, region: str, log_dir: Path, tell: Callable[[str], None], load_from: str = "client"
     ) -> None:
         self._serving = serving
         self._load_from = load_from
