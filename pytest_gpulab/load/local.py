@@ -95,7 +95,7 @@ class OneProcess:
         self._sending = Sending(share)
 
     async def __aenter__(self) -> Self:
-        gc.collect()  # in a long session it takes longer than the lead; what is frozen, the run need not look at again
+        gc.collect()  # which in a long session takes longer than the lead; what is frozen is not looked at again
         gc.freeze()
         return self
 

@@ -89,6 +89,10 @@ class Lab:
         return until(lambda: not self.left())
 
 
+def _exited(reason: str, code: int) -> dict[str, Any]:
+    return {"name": "load", "state": {"terminated": {"reason": reason, "exitCode": code}}}
+
+
 def until(holds: Callable[[], Any], deadline_s: float = 30.0) -> bool:
     end = time.monotonic() + deadline_s
     while not holds() and time.monotonic() < end:
@@ -316,6 +320,23 @@ def test_more_than_a_log_holds_is_refused(lab: Lab, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module, "_MOST_REQUESTS", 14)
     with pytest.raises(BeyondHeadroom, match="each of 2 would send 15"):
         lab.load(SHORT)
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (
+            {"phase": "Failed", "reason": "Evicted", "message": "The node was low on resource: memory."},
+            "Evicted: The n",
+        ),
+        ({"phase": "Failed", "containerStatuses": [_exited("OOMKilled", 137)]}, "OOMKilled, exit status 137"),
+        ({"phase": "Succeeded", "containerStatuses": [_exited("Completed", 0)]}, ""),
+        ({"phase": "Running"}, ""),
+    ],
+)
+def test_how_a_pod_ended_is_said_in_kubernetes_words(status: dict[str, Any], said: str) -> None:
+    found = module._end({"metadata": {"name": "load-1-0-abc"}, "status": status})
+    assert (f"load-1-0-abc ended: {said}" in found) if said else not found
 
 
 def test_the_longest_a_run_can_take() -> None:
