@@ -99,8 +99,8 @@ class Pods:
             await self._until("all pods to be ready", self._all_ready, READY_S)
             attached = [await self._open.enter_async_context(pod.attached(session)) for pod in self._pods]
             await asyncio.gather(*(pod.compare_clocks() for pod in attached))
-        except BaseException:
-            await self.__aexit__(None, None, None)
+        except BaseException as error:
+            await self.__aexit__(type(error), error, error.__traceback__)
             raise
         return self
 
