@@ -186,6 +186,14 @@ def test_attach_writes_to_stdin_and_reads_stdout(live: Live) -> None:
     assert log(live, pod) == "HELLO\nAGAIN\n"
 
 
+def test_kubectl_attaches(live: Live) -> None:
+    program = "import sys\nfor line in sys.stdin:\n    print(line.strip().upper(), flush=True)\n    break"
+    live.create(job(program, container={"stdin": True}))
+    (pod,) = running(live)
+    assert kubectl(live, "attach", "-i", pod, stdin="hello\n") == "HELLO\n"
+    assert ended(live).status.succeeded == 1
+
+
 def test_nothing_is_attached_to_a_process_without_stdin(live: Live) -> None:
     live.create(job("import time; time.sleep(60)"))
     (pod,) = running(live)

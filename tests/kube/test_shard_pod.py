@@ -19,7 +19,7 @@ AHEAD_S = 3600.0
 
 
 def asked(there_s: list[float], back_s: list[float], *, answers: bool = True) -> ShardPod:
-    """A pod after its clock was compared; questions take `there_s` to it, answers `back_s`, in turn and over again."""
+    """A pod after its clock was compared; questions take `there_s` to it, answers `back_s`, in turn and again."""
     return asyncio.run(_asked(there_s, back_s, answers))
 
 
