@@ -287,6 +287,7 @@ def test_teardown_takes_a_load_along_and_its_machines(
     assert not [pool for pool in lab.store.list(NODE_POOL) if pool["metadata"]["name"] == "load"]
 
 
+@pytest.mark.slow
 def test_a_pod_whose_clock_is_wrong_starts_with_the_others(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """One is an hour ahead, one an hour behind: both send on time, and the server's gauges fit what they saw."""
     ahead = f"3600 * (1 - 2 * int(os.environ['{INDEX}']))"
