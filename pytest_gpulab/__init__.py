@@ -9,10 +9,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import pytest
-
-pytest.register_assert_rewrite("pytest_gpulab.fixtures")
-
 if TYPE_CHECKING:
     from pytest_gpulab.evidence import any_of, caveat, requires
     from pytest_gpulab.experiment import (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -44,6 +45,7 @@ _OPTIONS = {
     "endpoint": _Option("", "URL", "base of the OpenAI API, without /v1, for endpoint"),
     "endpoint-serves": _Option("", "ARGS", "vLLM arguments the endpoint was started with: --model NAME ..."),
     "endpoint-metrics": _Option("", "URL", "vLLM's metrics, where they are not at /metrics of the endpoint"),
+    "load-from": _Option("client", "PLACE", "where cluster and eks are loaded from: client, or pods in the cluster"),
     "accounts": _Option("", "IDS", "AWS accounts in which eks may work, 12 digits each, with commas"),
     "budget": _Option("", "USD", "the most that eks may spend; the session ends there"),
     "certificate": _Option("", "ARN", "TLS certificate of a public load balancer for eks (default: an internal one)"),
@@ -85,6 +87,8 @@ class Options:
     endpoint: str
     endpoint_serves: str
     endpoint_metrics: str
+    load_from: str
+    """client or cluster."""
     eks: EksOptions
     explicit: bool
     """At least one was given, on the command line or in the ini file."""
@@ -94,6 +98,7 @@ class Options:
             f"target {self.target}, accelerator {self.accelerator}, seeds from {self.first_seed}, "
             f"up to {self.max_repeats} repeats"
             + (f", {self.campaign} campaign" if self.campaign else "")
+            + (f", loaded from the {self.load_from}" if self.load_from != "client" else "")
             + (f", {self.require} evidence required" if self.require != "simulated" else "")
             + (f", gate {shown(self.gate)}" if self.gate else "")
         )
@@ -153,6 +158,7 @@ def resolve_options(config: pytest.Config) -> Options:
         endpoint=_text(config, "endpoint"),
         endpoint_serves=_text(config, "endpoint-serves"),
         endpoint_metrics=_text(config, "endpoint-metrics"),
+        load_from=_checked(config, "load-from", partial(_load_from, target)),
         eks=EksOptions(
             accounts=_text(config, "accounts"),
             budget=_text(config, "budget"),
@@ -275,6 +281,21 @@ def _look(text: str) -> int:
 def _campaign(text: str) -> str:
     if text not in CAMPAIGNS:
         raise ValueError(f"must be one of {', '.join(CAMPAIGNS)}, got {text!r}")
+    return text
+
+
+def _load_from(target: str, text: str) -> str:
+    if text == _OPTIONS["load-from"].default:
+        return text
+    from pytest_gpulab.targets import LOADED_FROM, cluster_targets
+
+    if text not in LOADED_FROM:
+        raise ValueError(f"must be one of {', '.join(LOADED_FROM)}, got {text!r}")
+    if target not in cluster_targets():
+        raise ValueError(
+            f"the target {target} has no cluster that could make the load: leave it out, or choose "
+            f"--gpulab-target={' or '.join(cluster_targets())}"
+        )
     return text
 
 

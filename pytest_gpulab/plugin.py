@@ -18,6 +18,7 @@ from pytest_gpulab.shared_pool import POOL_KEY, SharedPool, shared_pool_of
 if TYPE_CHECKING:
     from xdist.workermanage import WorkerController
 
+pytest.register_assert_rewrite("pytest_gpulab.fixtures")
 pytest_plugins = ["pytest_gpulab.fixtures.cluster", "pytest_gpulab.fixtures.measure"]
 
 

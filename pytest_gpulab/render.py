@@ -7,6 +7,7 @@ its fleet and the run is laid over it here. Objects are plain JSON and the calle
 from __future__ import annotations
 
 import copy
+import math
 import re
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
@@ -30,6 +31,10 @@ RUN_LABEL: Final = "gpulab.dev/run"
 """On objects; and as a tag on what AWS makes for them: instances, volumes, load balancers."""
 INSTANCE_LABEL: Final = "app.kubernetes.io/instance"
 
+MOST_CONFIG_BYTES: Final = 1_000_000
+"""A ConfigMap's data may have 1 MiB, keys included."""
+
+_MIB: Final = 1 << 20
 _POOL_FILES: Final = (
     "00-namespace",
     "network-policies",
@@ -135,6 +140,53 @@ def serving_objects(profile: Profile, fleet: Fleet | None, *, run: str, api_key:
     if fleet and fleet.autoscaling:
         objects.append(_autoscaler(name, fleet.autoscaling))
     return _labelled(objects, run)
+
+
+def load_objects(
+    name: str,
+    *,
+    run: str,
+    service: str,
+    share: str,
+    code: bytes,
+    pods: int,
+    memory_bytes: float,
+    longest_s: float,
+    ready_s: float,
+    speed: float = 1.0,
+) -> list[Object]:
+    """An Indexed Job that loads a served model from inside the cluster, its ConfigMap, and what both need.
+
+    Args:
+        name: of Job and ConfigMap.
+        run: the id that labels every object.
+        service: of the model, `serving_name`; its Secret has the same name.
+        share: what is sent, without the API key.
+        code: the archive that sends it.
+        memory_bytes: of each pod.
+        longest_s: real seconds that sending may take.
+        ready_s: cluster seconds until the pods run.
+        speed: cluster seconds in one real second.
+
+    Raises:
+        ValueError: it is more than a ConfigMap holds.
+    """
+    pool, policy, config, job = documents("load")
+    if (size := len(share.encode()) + len(b64encode(code))) > MOST_CONFIG_BYTES:
+        raise ValueError(
+            f"what a pod is told must fit into a ConfigMap of {MOST_CONFIG_BYTES:,} bytes, got {size:,}: shorten the "
+            "trace, or load from the client's machine"
+        )
+    config["metadata"]["name"] = name
+    config |= {"data": {"share.json": share}, "binaryData": {"gpulab.zip": b64encode(code).decode()}}
+    _fill_job(job, name, service, pods, memory_bytes)
+    job["spec"] |= {
+        "activeDeadlineSeconds": math.ceil(ready_s + longest_s * speed),
+        "ttlSecondsAfterFinished": math.ceil(job["spec"]["ttlSecondsAfterFinished"] * speed),
+    }
+    pod = job["spec"]["template"]["spec"]
+    pod["terminationGracePeriodSeconds"] = math.ceil(pod["terminationGracePeriodSeconds"] * speed)
+    return _labelled([pool, policy, config, job], run)
 
 
 def serving_name(profile: Profile) -> str:
@@ -243,6 +295,22 @@ def _fill_deployment(deployment: Object, profile: Profile, fleet: Fleet | None) 
         container["lifecycle"]["preStop"]["sleep"]["seconds"] = fleet.pre_stop_s
     else:
         del container["lifecycle"]
+
+
+def _fill_job(job: Object, name: str, service: str, pods: int, memory_bytes: float) -> None:
+    job["metadata"]["name"] = name
+    job["spec"] |= {"completions": pods, "parallelism": pods}
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    for variable in container["env"]:
+        if variable["name"] == "GPULAB_LOAD_SERVICE":
+            variable["value"] = service
+        elif variable["name"] == "GPULAB_API_KEY":
+            variable["valueFrom"]["secretKeyRef"]["name"] = service
+    memory = f"{math.ceil(memory_bytes / _MIB)}Mi"
+    container["resources"]["requests"]["memory"] = container["resources"]["limits"]["memory"] = memory
+    (mounted,) = (volume for volume in pod["volumes"] if "configMap" in volume)
+    mounted["configMap"]["name"] = name
 
 
 def _secret(name: str, api_key: str) -> Object:

@@ -48,7 +48,7 @@ def problems(obj: Object, version: str = VERSIONS[0]) -> list[str]:
 
 def pod_spec(obj: Object) -> Object | None:
     """The spec of the pods that a workload makes."""
-    if obj["kind"] not in ("Deployment", "DaemonSet"):
+    if obj["kind"] not in ("Deployment", "DaemonSet", "Job"):
         return None
     spec: Object = obj["spec"]["template"]["spec"]
     return spec

@@ -22,6 +22,9 @@ ONE_OF_EACH = [obj for file, obj in EVERYTHING if file != "hpa-running"]
 """Both autoscalers are the same object."""
 
 
+NODE_POOLS = [obj for obj in OBJECTS if obj["kind"] == "NodePool"]
+
+
 def title(obj: Object) -> str:
     return f"{obj['kind']} {obj['metadata']['name']}"
 
@@ -149,11 +152,13 @@ def test_names_that_refer_to_each_other_agree():
     ports = {port["name"]: port["containerPort"] for port in vllm["spec"]["containers"][0]["ports"]}
     assert named("PodMonitor", "vllm")["spec"]["podMetricsEndpoints"][0]["port"] in ports
     assert named("Service", "vllm")["spec"]["ports"][0]["targetPort"] == ports["http"]
-    for pool in (obj for obj in OBJECTS if obj["kind"] == "NodePool"):
+    for pool in NODE_POOLS:
         template = pool["spec"]["template"]
+        assert template["spec"]["nodeClassRef"]["name"] == named("NodeClass", "gpulab")["metadata"]["name"]
+        if pool["metadata"]["name"] == "load":
+            continue
         assert vllm["spec"]["nodeSelector"].items() <= template["metadata"]["labels"].items()
         assert [taint["key"] for taint in template["spec"]["taints"]] == [vllm["spec"]["tolerations"][0]["key"]]
-        assert template["spec"]["nodeClassRef"]["name"] == named("NodeClass", "gpulab")["metadata"]["name"]
     assert named("Ingress", "vllm")["spec"]["ingressClassName"] == named("IngressClass", "gpulab")["metadata"]["name"]
 
 
@@ -172,6 +177,36 @@ def test_every_metric_an_autoscaler_reads_has_a_rule_and_a_reader():
 def test_nothing_holds_a_secret_and_everything_says_who_made_it():
     assert not [obj for obj in OBJECTS if obj["kind"] == "Secret"]
     assert {obj["metadata"]["labels"][MANAGED_LABEL] for obj in OBJECTS} == {"gpulab"}
+
+
+def test_load_has_machines_of_its_own_and_reaches_models_only() -> None:
+    """No pod of the load fits a GPU machine or brings one about, and no other pod a machine of the load."""
+    load, pod = named("Job", "load")["spec"], named("Job", "load")["spec"]["template"]["spec"]
+    for pool in NODE_POOLS:
+        template, is_loads = pool["spec"]["template"], pool["metadata"]["name"] == "load"
+        assert (pod["nodeSelector"].items() <= template["metadata"]["labels"].items()) == is_loads
+        tolerated = {(one["key"], one["effect"]) for one in pod["tolerations"]}
+        assert ({(one["key"], one["effect"]) for one in template["spec"]["taints"]} <= tolerated) == is_loads
+        assert "nvidia.com/gpu" not in pool["spec"]["limits"] or not is_loads
+    (container,) = pod["containers"]
+    assert "nvidia.com/gpu" not in str(container["resources"]) and "cpu" not in container["resources"]["limits"]
+    vllm = named("Deployment", "vllm")["spec"]["template"]
+    assert container["image"] == vllm["spec"]["containers"][0]["image"]
+    reached = [rule for rule in opened(named("Job", "load"), "egress") if rule["ports"][0]["port"] != 53]
+    (port,) = vllm["spec"]["containers"][0]["ports"]
+    selector = {"podSelector": {"matchLabels": {"app.kubernetes.io/name": "vllm"}}}
+    assert reached == [{"ports": [{"port": port["containerPort"]}], "to": [selector]}]
+    assert opened(named("Job", "load"), "ingress") == []
+    from_load = {"podSelector": {"matchLabels": {"app.kubernetes.io/name": "load"}}}
+    assert any(from_load in rule["from"] for rule in opened(named("Deployment", "vllm"), "ingress"))
+    assert load["template"]["metadata"]["labels"]["app.kubernetes.io/name"] == "load"
+
+
+def test_a_dead_shard_fails_the_load_and_nothing_of_it_stays_for_ever() -> None:
+    job = named("Job", "load")["spec"]
+    assert (job["completionMode"], job["backoffLimit"]) == ("Indexed", 0)
+    assert job["template"]["spec"]["restartPolicy"] == "Never"
+    assert 0 < job["activeDeadlineSeconds"] <= 3600 and 0 < job["ttlSecondsAfterFinished"] <= 600
 
 
 POLICIES = [obj for obj in OBJECTS if obj["kind"] == "NetworkPolicy"]
@@ -196,7 +231,7 @@ def opened(pod: Object, direction: str) -> list[Object]:
 @pytest.mark.parametrize("pod", WORKLOADS, ids=title)
 def test_pods_are_closed_but_for_named_ports(pod: Object):
     assert {kind for spec in acting_on(pod) for kind in spec["policyTypes"]} == {"Ingress", "Egress"}
-    listens = {port["containerPort"] for c in (pod_spec(pod) or {})["containers"] for port in c["ports"]}
+    listens = {port["containerPort"] for c in (pod_spec(pod) or {})["containers"] for port in c.get("ports", ())}
     rules = opened(pod, "ingress")
     assert {port["port"] for rule in rules for port in rule["ports"]} == listens
     assert all(rule["from"] for rule in rules)

@@ -237,6 +237,61 @@ def test_the_load_balancer_is_public_only_with_a_certificate_and_addresses():
             render.PublicAccess(certificate, cidrs)
 
 
+def load(**changes: Any) -> list[Object]:
+    given: dict[str, Any] = {
+        "run": "r1",
+        "service": "vllm-qwen-t4-1",
+        "share": '{"seed": 1}',
+        "code": b"zip",
+        "pods": 3,
+        "memory_bytes": 700 << 20,
+        "longest_s": 90.5,
+        "ready_s": 600.0,
+        **changes,
+    }
+    return render.load_objects("load-1a2b", **given)
+
+
+def test_a_load_is_valid_and_carries_the_run():
+    objects = load()
+    assert_valid(objects)
+    wanted = {"app.kubernetes.io/managed-by": "gpulab", "gpulab.dev/run": "r1"}
+    for obj in objects:
+        assert wanted.items() <= obj["metadata"]["labels"].items()
+        if "template" in obj.get("spec", {}):
+            assert wanted.items() <= obj["spec"]["template"]["metadata"]["labels"].items()
+
+
+def test_a_load_has_its_pods_its_share_and_the_models_key():
+    _, _, config, job = load()
+    assert {config["metadata"]["name"], job["metadata"]["name"]} == {"load-1a2b"}
+    assert config["data"] == {"share.json": '{"seed": 1}'}
+    assert base64.b64decode(config["binaryData"]["gpulab.zip"]) == b"zip"
+    assert (job["spec"]["completions"], job["spec"]["parallelism"]) == (3, 3)
+    pod = job["spec"]["template"]["spec"]
+    (mounted,) = (volume["configMap"]["name"] for volume in pod["volumes"] if "configMap" in volume)
+    assert mounted == "load-1a2b"
+    (sends,) = pod["containers"]
+    assert sends["resources"]["requests"]["memory"] == sends["resources"]["limits"]["memory"] == "700Mi"
+    variables = {variable["name"]: variable for variable in sends["env"]}
+    assert variables["GPULAB_LOAD_SERVICE"]["value"] == "vllm-qwen-t4-1"
+    key = {"secretKeyRef": {"name": "vllm-qwen-t4-1", "key": "api-key"}}
+    assert variables["GPULAB_API_KEY"]["valueFrom"] == key
+
+
+def test_a_loads_deadlines_count_in_the_clusters_time():
+    spec, fast = load()[-1]["spec"], load(speed=100.0)[-1]["spec"]
+    assert spec["activeDeadlineSeconds"] == 691 and fast["activeDeadlineSeconds"] == 600 + 9050
+    assert fast["ttlSecondsAfterFinished"] == 100 * spec["ttlSecondsAfterFinished"]
+    graces = [one["template"]["spec"]["terminationGracePeriodSeconds"] for one in (spec, fast)]
+    assert graces == [10, 1000]
+
+
+def test_a_share_that_no_configmap_holds_is_refused():
+    with pytest.raises(ValueError, match=r"must fit into a ConfigMap of 1,000,000 bytes, got 1,000,004"):
+        load(share="x" * 1_000_000)
+
+
 def test_what_is_handed_out_is_the_callers():
     first = serving()["Deployment"]
     first["spec"]["template"]["spec"]["containers"].clear()

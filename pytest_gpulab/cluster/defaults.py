@@ -6,8 +6,9 @@ from base64 import b64encode
 from collections.abc import Callable
 from typing import Any
 
+from pytest_gpulab.cluster import errors
 from pytest_gpulab.cluster import resources as kinds
-from pytest_gpulab.cluster.objects import Object, merged
+from pytest_gpulab.cluster.objects import Object, at, merged
 from pytest_gpulab.cluster.resources import Resource
 
 _POD_SPEC: Object = {
@@ -22,6 +23,7 @@ _ROLLING: Object = {
     "type": "RollingUpdate",
     "rollingUpdate": {"maxUnavailable": "25%", "maxSurge": "25%"},
 }
+_JOB_SPEC: Object = {"parallelism": 1, "backoffLimit": 6, "completionMode": "NonIndexed", "suspend": False}
 _DEPLOYMENT_SPEC: Object = {
     "replicas": 1,
     "revisionHistoryLimit": 10,
@@ -51,6 +53,9 @@ def on_create(resource: Resource, obj: Object) -> Object:
         return merged(obj, {**added, "status": {"phase": "Active"}})  # type: ignore[no-any-return]
     if resource is kinds.POD:
         return {**obj, "status": under({"phase": "Pending", "qosClass": _quality(obj)}, obj.get("status"))}
+    if resource is kinds.JOB:
+        _check_job(obj)
+        obj = _selected(obj)
     if resource.has_status and not resource.custom:
         return under({"status": _FIRST_STATUS.get(resource, {})}, obj)
     return obj
@@ -148,6 +153,44 @@ def _deployment(obj: Object) -> Object:
     return {**obj, "spec": {**spec, "strategy": strategy}}
 
 
+def _job(obj: Object) -> Object:
+    spec = obj.get("spec") or {}
+    if spec.get("completions") is None and spec.get("parallelism") is None:
+        spec = {**spec, "completions": 1}
+    replaced = "Failed" if spec.get("podFailurePolicy") else "TerminatingOrFailed"
+    return _workload({**_JOB_SPEC, "podReplacementPolicy": replaced})({**obj, "spec": spec})
+
+
+def _selected(job: Object) -> Object:
+    """The Job with the selector and the labels that tell its pods from all others."""
+    meta = job["metadata"]
+    template = job["spec"]["template"]
+    own = {"batch.kubernetes.io/controller-uid": meta["uid"], "batch.kubernetes.io/job-name": meta["name"]}
+    labels = {**own, "controller-uid": meta["uid"], "job-name": meta["name"]}
+    given = template.get("metadata") or {}
+    template = {**template, "metadata": {**given, "labels": {**(given.get("labels") or {}), **labels}}}
+    selector = {"matchLabels": {"batch.kubernetes.io/controller-uid": meta["uid"]}}
+    return {**job, "spec": {**job["spec"], "selector": selector, "template": template}}
+
+
+def _check_job(job: Object) -> None:
+    """What an API server refuses beyond the schema."""
+    spec = job["spec"]
+    policy = at(spec, "template.spec.restartPolicy")
+    if policy not in ("Never", "OnFailure"):
+        raise errors.invalid(
+            *(kinds.JOB, job["metadata"]["name"], "spec.template.spec.restartPolicy"),
+            f'Required value: valid values: "OnFailure", "Never", got "{policy}"',
+            cause="FieldValueRequired",
+        )
+    if spec["completionMode"] == "Indexed" and spec.get("completions") is None:
+        raise errors.invalid(
+            *(kinds.JOB, job["metadata"]["name"], "spec.completions"),
+            "Required value: when completion mode is Indexed",
+            cause="FieldValueRequired",
+        )
+
+
 def _service(obj: Object) -> Object:
     spec = under({"type": "ClusterIP", "sessionAffinity": "None"}, obj.get("spec"))
     ports = [under({"protocol": "TCP", "targetPort": port.get("port")}, port) for port in spec.get("ports") or []]
@@ -188,7 +231,7 @@ _FILL: dict[Resource, Callable[[Object], Object]] = {
     kinds.REPLICA_SET: _workload({"replicas": 1}),
     kinds.STATEFUL_SET: _workload({"replicas": 1}),
     kinds.DAEMON_SET: _workload({}),
-    kinds.JOB: _workload({"parallelism": 1, "completions": 1, "backoffLimit": 6}),
+    kinds.JOB: _job,
     kinds.SERVICE: _service,
     kinds.HPA: _hpa,
     kinds.SECRET: _secret,

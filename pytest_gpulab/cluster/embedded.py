@@ -15,6 +15,7 @@ from pytest_gpulab.cluster.cloud import GPU, Cloud, Offering, catalog
 from pytest_gpulab.cluster.conditions import is_true
 from pytest_gpulab.cluster.disruption import Consolidatable, Disruption, GarbageCollection, Interruption, PodEvents
 from pytest_gpulab.cluster.durations import G4DN, Durations, Stages
+from pytest_gpulab.cluster.jobs import Jobs
 from pytest_gpulab.cluster.karpenter import Unavailable
 from pytest_gpulab.cluster.kubelet import Kubelets
 from pytest_gpulab.cluster.manager import Controller, Manager
@@ -69,6 +70,7 @@ class EmbeddedCluster:
         controllers: tuple[Controller, ...] = (
             Deployments(store, clock),
             ReplicaSets(store, clock),
+            Jobs(store, clock),
             Scheduler(store, clock),
             Provisioner(store, clock, cloud, durations, self.unavailable),
             NodeClaims(store, clock, cloud, durations, self.unavailable),

@@ -4,6 +4,7 @@ Facts from Kubernetes 1.33, pkg/kubelet: image pull and crash backoff 10 s doubl
 fields, SIGTERM after the preStop sleep, SIGKILL at the end of the grace period. A container with a GPU is a model
 server: it answers its probes `model_load` after its start. A pod has one container that counts, its first. Where a
 real server stands behind the pod (`Hooks`), it is asked, too: probes fail until it answers, and it may drain.
+A process that ends is started again or not, as the pod's restart policy says.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ RELIST_S: Final = 1.0
 """How often the kubelet looks whether a container has ended (pod lifecycle event generator)."""
 FIRST_BACKOFF_S: Final = 10.0
 LONGEST_BACKOFF_S: Final = 300.0
+_VLLM: Final = "vllm/"
+"""Of an image that takes as long to pull as vLLM's, because it is."""
 ORPHAN_S: Final = 40.0
 """Pod garbage collection: pods of a node that is gone for so long are removed."""
 
@@ -75,6 +78,8 @@ class Process:
     """When it exits by itself, or is killed for its startup probe."""
     error: str = ""
     """Why it exits at once, in its own words."""
+    code: int = 1
+    """Its exit status."""
 
 
 @dataclass
@@ -109,6 +114,8 @@ class Hooks:
     """Its server does not exist any more."""
     refusal: Callable[[Object], str] = lambda pod: ""
     """Why its server exits at once when it is started; "": it does not."""
+    starts: Callable[[Object], bool] = lambda pod: False
+    """Its process is started; whether there is one in the outside world, which `Kubelets.exited` tells the end of."""
     answers: Callable[[Object], bool] = lambda pod: True
     """Whether its server, which is healthy, answers a probe."""
     drains: Callable[[Object], bool] = lambda pod: False
@@ -152,6 +159,17 @@ class Kubelets:
         """Whether its server answers now."""
         process = self.process(pod)
         return process is not None and process.healthy <= self._clock.now() < process.dies
+
+    def exited(self, pod: Object, code: int) -> None:
+        """The pod's process has ended by itself, or was killed by somebody else."""
+        life = self._lives.get(uid_of(pod))
+        if life is None or life.process is None:
+            return
+        now = self._clock.now()
+        life.process.dies, life.process.code, life.due = now, code, now
+        if life.stage in ("load", "probe"):
+            life.stage = "serve"
+        self.reconcile((name_of(pod), namespace_of(pod)))
 
     def lost(self, node_provider: str) -> None:
         """A machine is gone, and the servers on it with it; nobody has noticed yet."""
@@ -205,7 +223,7 @@ class Kubelets:
             return pod
         self._events.normal(pod, "Pulling", f'Pulling image "{image}"')
         bad = image in self._cloud.faults.bad_images
-        stage = "image_pull" if _uses_gpu(pod) else "tool_pull"
+        stage = "image_pull" if _VLLM in image else "tool_pull"
         life.due = now + (1.0 if bad else self._durations.draw(stage))
         return self._waiting(pod, life, "ContainerCreating")
 
@@ -243,7 +261,9 @@ class Kubelets:
         life.process = Process(now, healthy, ready if ready is not None else math.inf, dies, error)
         life.stage, life.due = ("load", healthy) if healthy < dies else ("serve", dies)
         self._events.normal(pod, "Started", f"Started container {container['name']}")
-        return self._running(pod, life, ready=False)
+        pod = self._running(pod, life, ready=False)
+        life.announced = not error and self.hooks.starts(pod)
+        return pod
 
     def _healthy(self, pod: Object, life: _Life, now: float) -> Object:
         assert life.process is not None
@@ -270,14 +290,28 @@ class Kubelets:
         if startup is not None and now >= startup:
             self._events.warning(pod, "Unhealthy", "Startup probe failed")
             self._events.normal(pod, "Killing", f"Container {_container(pod)['name']} failed startup probe")
-        life.last = {"terminated": _exit(_container(pod), life.process, now)}
+        ended = {"terminated": _exit(_container(pod), life.process, now)}
+        code = life.process.code
         self._stop(pod, life)
+        policy = pod["spec"]["restartPolicy"]
+        if policy == "Never" or (policy == "OnFailure" and code == 0):
+            return self._over(pod, life, ended, code)
+        life.last = ended
         life.restarts += 1
         wait = backoff(life.restarts)
         self._events.warning(pod, "BackOff", f"Back-off restarting failed container {_container(pod)['name']}")
         life.stage, life.due = "create", now + wait
         message = f"back-off {wait:.0f}s restarting failed container={_container(pod)['name']} pod={name_of(pod)}"
         return self._waiting(pod, life, "CrashLoopBackOff", message)
+
+    def _over(self, pod: Object, life: _Life, ended: dict[str, Any], code: int) -> Object:
+        """The pod is not started again."""
+        life.due = math.inf
+        reason = "PodFailed" if code else "PodCompleted"
+        pod = with_status(pod, phase="Failed" if code else "Succeeded", containerStatuses=[_status(pod, life, ended)])
+        for kind in ("Ready", "ContainersReady"):
+            pod = with_condition(pod, self._clock.now(), kind, False, reason)
+        return self._write(pod)
 
     def _begin_stop(self, pod: Object, life: _Life, now: float) -> None:
         """The preStop sleep, then SIGTERM; never longer than the grace period."""
@@ -387,11 +421,11 @@ def _status(pod: Object, life: _Life, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _exit(container: dict[str, Any], process: Process, now: float) -> dict[str, Any]:
-    """A process that ended with an error; what it wrote last, where the container asks for that in its status."""
+    """How a process ended; what it wrote last, where the container asks for that in its status."""
     shown = container.get("terminationMessagePolicy") == "FallbackToLogsOnError"
     return {
-        "exitCode": 1,
-        "reason": "Error",
+        "exitCode": process.code,
+        "reason": "Error" if process.code else "Completed",
         "startedAt": timestamp(process.started),
         "finishedAt": timestamp(now),
         **({"message": process.error} if shown and process.error else {}),

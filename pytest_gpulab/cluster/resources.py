@@ -56,7 +56,7 @@ class Resource:
 _ALL = ("all",)
 _STATUS = ("status",)
 _SCALED = ("status", "scale")
-_POD_VERBS = ("status", "log", "eviction", "binding")
+_POD_VERBS = ("status", "log", "attach", "eviction", "binding")
 
 
 def _karpenter(kind: str, short: str = "") -> Resource:
@@ -91,7 +91,10 @@ STATEFUL_SET = Resource(
     "apps", "v1", "statefulsets", "StatefulSet", True, ("sts",), _SCALED, _ALL, ("spec.selector",)
 )
 DAEMON_SET = Resource("apps", "v1", "daemonsets", "DaemonSet", True, ("ds",), _STATUS, _ALL, ("spec.selector",))
-JOB = Resource("batch", "v1", "jobs", "Job", True, (), _STATUS, _ALL)
+JOB = Resource(
+    *("batch", "v1", "jobs", "Job", True, (), _STATUS, _ALL),
+    immutable=("spec.completionMode", "spec.selector", "spec.template"),
+)
 CRON_JOB = Resource("batch", "v1", "cronjobs", "CronJob", True, ("cj",), _STATUS, _ALL)
 HPA = Resource(
     "autoscaling", "v2", "horizontalpodautoscalers", "HorizontalPodAutoscaler", True, ("hpa",), _STATUS, _ALL

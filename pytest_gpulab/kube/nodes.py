@@ -8,9 +8,11 @@ from typing import Final
 from pytest_gpulab.kube.client import Kube, KubeError
 from pytest_gpulab.kube.objects import Object, Ref
 from pytest_gpulab.kube.wait import wait
+from pytest_gpulab.render import RUN_LABEL
 
 POOL_LABEL: Final = "gpulab.dev/pool"
-"""On every node and NodeClaim of a GPU pool, from the NodePool's template."""
+"""On every node and NodeClaim of the lab's pools, from the NodePool's template."""
+GPU_POOL: Final = "gpu"
 GPU: Final = "nvidia.com/gpu"
 _GPU_COUNTS: Final = ("eks.amazonaws.com/instance-gpu-count", "karpenter.k8s.aws/instance-gpu-count")
 
@@ -43,15 +45,20 @@ def check_zero(kube: Kube) -> None:
         raise NotZero(f"there must be no GPU node, got {names(left)}: find out whose they are, or `gpulab reap`")
 
 
-def wait_for_zero(kube: Kube, deadline_s: float = GONE_S) -> None:
-    """Until every GPU node and NodeClaim is gone. WaitFailed names those that are not."""
-    wait(
-        kube,
-        "zero GPU nodes",
-        lambda: not gpu_capacity(kube),
-        deadline_s=deadline_s,
-        about=lambda: gpu_capacity(kube),
-    )
+def wait_for_zero(kube: Kube, deadline_s: float = GONE_S, *, run: str = "") -> None:
+    """Until every GPU node and NodeClaim is gone; with `run`, those of its other pools too. WaitFailed names them."""
+
+    def left() -> list[Object]:
+        return [*gpu_capacity(kube), *(_other_capacity(kube, run) if run else ())]
+
+    wait(kube, "zero GPU nodes", lambda: not left(), deadline_s=deadline_s, about=left)
+
+
+def _other_capacity(kube: Kube, run: str) -> list[Object]:
+    """NodeClaims and nodes without a GPU that a run's NodePools have bought."""
+    labels = f"{POOL_LABEL},{RUN_LABEL}={run}"
+    found = [*kube.list("karpenter.sh/v1", "NodeClaim", labels=labels), *kube.list("v1", "Node", labels=labels)]
+    return [obj for obj in found if not _is_gpu(obj)]
 
 
 def names(objects: Iterable[Object]) -> str:
@@ -63,4 +70,4 @@ def _is_gpu(obj: Object) -> bool:
     labels = obj["metadata"].get("labels") or {}
     capacity = (obj.get("status") or {}).get("capacity") or {}
     counted = any(labels.get(key, "0") != "0" for key in _GPU_COUNTS)
-    return POOL_LABEL in labels or counted or str(capacity.get(GPU, "0")) != "0"
+    return labels.get(POOL_LABEL) == GPU_POOL or counted or str(capacity.get(GPU, "0")) != "0"

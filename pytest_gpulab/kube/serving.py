@@ -1,4 +1,7 @@
-"""Serving one profile on a pool: apply its objects, wait stage by stage, answer once through the public way in."""
+"""Serving one profile on a pool: apply its objects, wait stage by stage, answer once through the public way in.
+
+Without an Ingress there is no public way in: the Service is for load from inside the cluster, which asks it first.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any, Final
 from pytest_gpulab.endpoint import Endpoint, distrust
 from pytest_gpulab.kube.apply import apply
 from pytest_gpulab.kube.client import Kube
-from pytest_gpulab.kube.nodes import gpu_capacity, gpu_claims, wait_for_zero
+from pytest_gpulab.kube.nodes import GPU, gpu_capacity, gpu_claims, wait_for_zero
 from pytest_gpulab.kube.objects import Object, Ref
 from pytest_gpulab.kube.pool import Pool
 from pytest_gpulab.kube.teardown import Teardown, remove
@@ -36,7 +39,7 @@ class NoCapacity(WaitFailed):
 
 
 def serve(pool: Pool, objects: Sequence[Object], model: str, *, replicas: int = 1) -> Endpoint:
-    """Have `objects` (a Deployment, its Service and Ingress, and what goes with them) serve `model`.
+    """Have `objects` (a Deployment, its Service, an Ingress if any, and what goes with them) serve `model`.
 
     Applying what is there already changes nothing, so equal profiles share one deployment. The Secret among `objects`
     must hold the pool's API key.
@@ -51,8 +54,7 @@ def serve(pool: Pool, objects: Sequence[Object], model: str, *, replicas: int = 
         KubeError: the API server refused an object.
     """
     kube = pool.kube
-    deployment, way_in = _of_kind(objects, "Deployment"), _of_kind(objects, "Ingress")
-    ingress = Ref.of(way_in)
+    deployment = _of_kind(objects, "Deployment")
     name, namespace = Ref.of(deployment), deployment["metadata"]["namespace"]
     is_new = kube.get(name) is None
     old = frozenset(event["metadata"]["uid"] for event in _shortages(kube))
@@ -79,31 +81,47 @@ def serve(pool: Pool, objects: Sequence[Object], model: str, *, replicas: int = 
     )
     # Not before: it would see idle replicas next to those that are still loading, and take these away.
     apply(kube, pool.ledger, [obj for obj in objects if obj["kind"] == _AUTOSCALER])
-    scheme = _scheme(kube, way_in)
-    url = wait(
-        kube,
-        f"an address of {ingress}",
-        lambda: _address(kube.get(ingress), scheme),
-        deadline_s=ADDRESS_S,
-        about=lambda: _existing(kube, ingress),
-    )
+    way_in = next((obj for obj in objects if obj["kind"] == "Ingress"), None)
     endpoint = Endpoint(
-        url,
+        _public_url(kube, way_in) if way_in else _service_url(_of_kind(objects, "Service")),
         model,
         pool.api_key,
         metrics_urls=tuple(_metrics_url(kube, pod) for pod in ready()),
         metrics_headers=lambda: kube.headers,
         metrics_ca=kube.ca,
     )
+    if way_in:
+        _wait_for_answer(kube, endpoint, Ref.of(way_in), pods)
+    return endpoint
+
+
+def _public_url(kube: Kube, way_in: Object) -> str:
+    """Of the Ingress's load balancer, as soon as it has one."""
+    ingress, scheme = Ref.of(way_in), _scheme(kube, way_in)
+    return wait(
+        kube,
+        f"an address of {ingress}",
+        lambda: _address(kube.get(ingress), scheme),
+        deadline_s=ADDRESS_S,
+        about=lambda: _existing(kube, ingress),
+    )
+
+
+def _service_url(service: Object) -> str:
+    """As the cluster's DNS has it."""
+    meta = service["metadata"]
+    return f"http://{meta['name']}.{meta['namespace']}.svc"
+
+
+def _wait_for_answer(kube: Kube, endpoint: Endpoint, ingress: Ref, pods: Callable[[], list[Object]]) -> None:
     wait(
         kube,
-        f"{url}/v1/models to list {model}",
+        f"{endpoint.url}/v1/models to list {endpoint.model}",
         lambda: _answers(endpoint),
         deadline_s=ANSWER_S,
         fails=lambda: pod_failure(pods()),
         about=lambda: [*_existing(kube, ingress), *pods()],
     )
-    return endpoint
 
 
 def withdraw(pool: Pool, name: str) -> None:
@@ -155,7 +173,11 @@ def _no_capacity(kube: Kube, run: str, old: frozenset[str]) -> str | None:
     `old`: uids of shortages from before, which say nothing about now.
     """
     selector = f"{RUN_LABEL}={run}"
-    pools = {pool["metadata"]["name"] for pool in kube.list("karpenter.sh/v1", "NodePool", labels=selector)}
+    pools = {
+        pool["metadata"]["name"]
+        for pool in kube.list("karpenter.sh/v1", "NodePool", labels=selector)
+        if GPU in (pool["spec"].get("limits") or {})
+    }
     short = [event for event in _shortages(kube) if event["metadata"]["uid"] not in old]
     refused = {pool for pool in pools if any(_of_pool(event, pool) for event in short)}
     if not pools or refused != pools or gpu_claims(kube):

@@ -81,7 +81,7 @@ def remove(kube: Kube, run: str, refs: Sequence[Ref], ended: Teardown) -> None:
         with _noting(ended):
             _remove(kube, run, [ref for ref in reversed(refs) if _rank(ref) == rank], ended)
             if rank == _FIRST["NodePool"]:
-                wait_for_zero(kube)
+                wait_for_zero(kube, run=run)
 
 
 @contextmanager

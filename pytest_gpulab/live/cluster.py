@@ -18,9 +18,12 @@ from pytest_gpulab.cluster.embedded import EmbeddedCluster
 from pytest_gpulab.cluster.resources import NODE_POOL
 from pytest_gpulab.fleet import NO_FAULTS, Faults
 from pytest_gpulab.live.background import Background, WatchedClock
+from pytest_gpulab.live.containers import JobContainers
 from pytest_gpulab.live.ingress import DEREGISTRATION_S, Ingresses
+from pytest_gpulab.live.logs import PodLogs
 from pytest_gpulab.live.proxy import PodProxy
 from pytest_gpulab.live.servers import ModelServers
+from pytest_gpulab.live.services import ServiceAddresses
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class LiveCluster:
 
     api: ApiServer
     embedded: EmbeddedCluster
+    containers: JobContainers
     failed: asyncio.Future[None]
 
 
@@ -60,8 +64,12 @@ async def live_cluster(
     )
     store = embedded.store
     embedded.apply(NODE_POOL, GENERAL_PURPOSE)
-    servers = ModelServers(store, clock, background)
+    logs = PodLogs(store, clock)
+    servers = ModelServers(store, clock, background, logs)
     servers.attach(embedded.kubelets.hooks)
+    services = ServiceAddresses(store, servers, background)
+    containers = JobContainers(store, embedded.kubelets, background, logs, services)
+    containers.attach(embedded.kubelets.hooks)
     delay, certificates = DEREGISTRATION_S / speed, new_certificates()
     embedded.manager.add(Ingresses(store, clock, embedded.durations, servers, background, delay, certificates))
     metrics = pod_metrics(store, embedded.prometheus.metric_list)
@@ -69,10 +77,16 @@ async def live_cluster(
     async with ClientSession(connector=connector, timeout=ClientTimeout(), auto_decompress=False) as session:
         proxy = PodProxy(store, servers, session)
         async with ApiServer(
-            store, port=port, metrics=metrics, logs=servers.log, proxy=proxy, certificates=certificates
+            store,
+            port=port,
+            metrics=metrics,
+            logs=logs.read,
+            processes=containers,
+            proxy=proxy,
+            certificates=certificates,
         ) as api:
             try:
-                yield LiveCluster(api, embedded, background.failed)
+                yield LiveCluster(api, embedded, containers, background.failed)
             finally:
                 clock.stop()
                 await background.stop()

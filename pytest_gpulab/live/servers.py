@@ -19,6 +19,7 @@ from pytest_gpulab.cluster.resources import NODE, POD
 from pytest_gpulab.cluster.store import Store
 from pytest_gpulab.live.arguments import ServerArguments, read_arguments
 from pytest_gpulab.live.background import Background
+from pytest_gpulab.live.logs import PodLogs
 from pytest_gpulab.serving.server import Server, serve
 
 _GPU_NAME: Final = "eks.amazonaws.com/instance-gpu-name"
@@ -41,12 +42,12 @@ class _Process:
 class ModelServers:
     """The servers of a cluster, by their pods' uids. Every server runs at speed 1, whatever the cluster's speed."""
 
-    def __init__(self, store: Store, clock: Clock, background: Background) -> None:
+    def __init__(self, store: Store, clock: Clock, background: Background, logs: PodLogs) -> None:
         self._store = store
         self._clock = clock
         self._background = background
         self._processes: dict[str, _Process] = {}
-        self._logs: dict[str, list[str]] = {}
+        self._logs = logs
         store.subscribe(self._forget, POD)
 
     def attach(self, hooks: Hooks) -> None:
@@ -74,12 +75,6 @@ class ModelServers:
             return None
         state = process.server.engine.state()
         return {RUNNING: state.running, WAITING: state.waiting, _KV_USAGE: state.kv_usage}
-
-    def log(self, namespace: str, name: str, query: Object) -> str:
-        """What a pod's server has written."""
-        lines = self._logs.get(uid_of(self._store.get(POD, name, namespace)), [])
-        last = int(query["tailLines"]) if str(query.get("tailLines", "")).isdigit() else len(lines)
-        return "".join(f"{line}\n" for line in lines[max(0, len(lines) - last) :])
 
     # what the kubelets ask and say
 
@@ -144,9 +139,8 @@ class ModelServers:
         return read_arguments(container.get("args") or (), variables, accelerator)
 
     def _write(self, pod: Object, line: str) -> None:
-        self._logs.setdefault(uid_of(pod), []).append(f"{timestamp(self._clock.now())} {line}")
+        self._logs.write(uid_of(pod), f"{timestamp(self._clock.now())} {line}")
 
     def _forget(self, event: Event) -> None:
         if event.type == DELETED:
             self._kill(event.object)
-            self._logs.pop(uid_of(event.object), None)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,9 +41,6 @@ _SETTLE_S = 5.0
 
 _INTERRUPTED_SETTLE_S = 1.0
 
-_LEAD_S = 0.1
-"""From the last preparation to the run's start."""
-
 _PROGRESS_S = 5.0
 
 _MOST_LOST = 0.1
@@ -73,6 +70,7 @@ def run_load(
     progress: Show = show_on_terminal,
     headroom: Headroom | None = None,
     processes: int | None = None,
+    elsewhere: Callable[[Sequence[Share]], Load] | None = None,
     longest_answer_s: float = LONGEST_ANSWER_S,
     interrupted_to: Path | None = None,
 ) -> Run:
@@ -85,13 +83,15 @@ def run_load(
         progress: takes a line every 5 s.
         headroom: what this client can do on this machine; load beyond it is refused.
         processes: how many send; None: as many as the rate needs.
+        elsewhere: has that many shares sent from another place; None: from this machine.
         interrupted_to: the folder of a `RunStore` that keeps an interrupted run; keep valid runs elsewhere.
         longest_answer_s: after which a request without a `timeout_s` of its own is given up.
 
     Returns:
         The Run. Besides vLLM's counters its totals have: ``client_failed_<kind>`` (undelivered requests by kind),
         ``client_connection_errors`` (refused or broken), ``client_send_lag_p99_s``, ``client_loop_lag_p99_s``,
-        ``client_cpu_share`` (of one core, of the busiest process), ``server_in_flight_mean``,
+        ``client_cpu_share`` (of one core, of the busiest process), ``client_clock_error_s`` (from inside a cluster:
+        how far apart the shards may have started), ``server_in_flight_mean``,
         ``client_in_flight_mean``, and where there is a GPU to be seen ``gpu_utilization_mean`` (0 to 1),
         ``gpu_memory_used_bytes_max``, ``gpu_power_watts_mean``.
 
@@ -106,7 +106,7 @@ def run_load(
         headroom.require(workload, seed, count)
     salt = new_salt()
     shares = [Share(workload, endpoint, seed, salt, longest_answer_s, index, count) for index in range(count)]
-    load: Load = OneProcess(shares[0]) if count == 1 else Processes(shares)
+    load = elsewhere(shares) if elsewhere else OneProcess(shares[0]) if count == 1 else Processes(shares)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         evidence = runner.run(_measure(load, endpoint, progress, has_gpu=basis == "measured"))
     outcome = evidence.outcome
@@ -147,7 +147,7 @@ async def _measure(load: Load, endpoint: Endpoint, show: Show, *, has_gpu: bool)
     async with aiohttp.ClientSession() as session, load, looking as gpu:
         scraper = Scraper(endpoint, session)
         await scraper.read_all(counts=False)
-        start = time.perf_counter() + _LEAD_S
+        start = time.perf_counter() + load.lead_s
 
         def look() -> Progress:
             return load.progress(time.perf_counter() - start)
@@ -187,6 +187,7 @@ def _totals(evidence: _Evidence) -> dict[str, float]:
         "client_send_lag_p99_s": lag_p99(outcome.send_lag_s),
         "client_loop_lag_p99_s": lag_p99(outcome.loop_lag_s),
         "client_cpu_share": outcome.cpu_s / max(evidence.wall_s, 1e-9),
+        **({"client_clock_error_s": outcome.clock_error_s} if outcome.clock_error_s else {}),
         **{name: mean for name, mean in means.items() if not math.isnan(mean)},
         **gpu_totals(evidence.gpu),
     }

@@ -65,6 +65,19 @@ def measure_headroom() -> Headroom:
     return Headroom(chunks_per_s=reached)
 
 
+def keeps_up(chunks_per_s: float) -> bool:
+    """Whether this process sends and reads so much in time here; 2 to 6 s.
+
+    Less than the lowest rung is no question of what it can do: if it is late, others are at work here, and the run
+    will say so.
+    """
+    if chunks_per_s <= _RATES[0] * _SHAPE.output_tokens:
+        return True
+    with null_server(_INTERVAL_S) as url:
+        rung = _rung(chunks_per_s / _SHAPE.output_tokens)
+        return any(_is_on_time(send_to(url, rung)) for _ in range(_TRIES))
+
+
 def _rung(rate: float) -> Workload:
     return Workload(arrivals=Constant(rate=rate), shape=_SHAPE, duration_s=_RUNG_S)
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import gc
 import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -18,20 +17,25 @@ from numpy.typing import NDArray
 
 from pytest_gpulab.arrivals import Schedule, schedule
 from pytest_gpulab.experiment import ClosedLoop, Workload
-from pytest_gpulab.load.progress import Progress, of_all
+from pytest_gpulab.load.progress import Progress
 from pytest_gpulab.load.sending import Sending
 from pytest_gpulab.load.share import Outcome, Share, divisible, merge
-from pytest_gpulab.load.wire import outcome_from_line, share_to_line
+from pytest_gpulab.load.wire import share_to_line
+from pytest_gpulab.load.words import Heard, progress_of
 
 RATE_PER_PROCESS = 100.0
 """Requests per second that one process sends; beyond it, more processes share the load."""
 
 _RATE_WINDOW_S = 5.0
-_LONGEST_LINE = 1 << 30
+_LEAD_S = 0.1
 
 
 class Load(Protocol):
     """Something that sends a workload. Entering it prepares everything that is slow."""
+
+    @property
+    def lead_s(self) -> float:
+        """Seconds before its start at which `run` must be called."""
 
     async def __aenter__(self) -> Self: ...
 
@@ -61,7 +65,15 @@ def peak_rate(workload: Workload, seed: int) -> float:
 
 def peak_chunk_rate(workload: Workload, seed: int) -> float:
     """The most output tokens per second that arrivals ask for over any few seconds; 0 for a closed loop."""
-    rows = schedule(workload, seed)
+    return _peak_chunk_rate(workload, schedule(workload, seed))
+
+
+def chunk_rate_of(share: Share) -> float:
+    """`peak_chunk_rate` of one share."""
+    return _peak_chunk_rate(share.workload, schedule(share.workload, share.seed)[share.rows()])
+
+
+def _peak_chunk_rate(workload: Workload, rows: Schedule) -> float:
     return _peak(workload, rows, rows["output_tokens"])
 
 
@@ -77,14 +89,18 @@ def _peak(workload: Workload, rows: Schedule, weights: NDArray[np.int32] | int) 
 class OneProcess:
     """The whole load from this process' event loop."""
 
+    lead_s = _LEAD_S
+
     def __init__(self, share: Share) -> None:
         self._sending = Sending(share)
 
     async def __aenter__(self) -> Self:
+        gc.collect()  # which in a long session takes longer than the lead; what is frozen is not looked at again
+        gc.freeze()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        return None
+        gc.unfreeze()
 
     async def run(self, start: float) -> Outcome:
         return await self._sending.run(start)
@@ -104,10 +120,12 @@ class OneProcess:
 class Processes:
     """One child process a share. They get their shares by stdin, say ``ready``, and are told when to start."""
 
+    lead_s = _LEAD_S
+
     def __init__(self, shares: Sequence[Share]) -> None:
         self._shares = shares
         self._children: list[asyncio.subprocess.Process] = []
-        self._said: dict[int, Progress] = {}
+        self._heard = [Heard() for _ in shares]
 
     async def __aenter__(self) -> Self:
         try:
@@ -117,13 +135,13 @@ class Processes:
                     *("-m", "pytest_gpulab.load.shard"),
                     stdin=asyncio.subprocess.PIPE,
                     stdout=asyncio.subprocess.PIPE,
-                    limit=_LONGEST_LINE,
                     start_new_session=True,  # Ctrl-C reaches this process only, which tells them
                 )
                 self._children.append(child)
                 _tell(child, share_to_line(share))
-            for child in self._children:
-                if await _line(child) != "ready":
+            for child, heard in zip(self._children, self._heard, strict=True):
+                heard.line(await _line(child))
+                if not heard.ready:
                     raise RuntimeError(f"a load process ended before it was ready, see its words above: {child}")
         except BaseException:
             await self.__aexit__()
@@ -150,20 +168,16 @@ class Processes:
             return merge(await outcomes)
 
     def progress(self, elapsed_s: float) -> Progress:
-        return replace(of_all(list(self._said.values()) or [_NOTHING]), elapsed_s=elapsed_s)
+        return progress_of(self._heard, elapsed_s)
 
     async def _outcome(self, index: int, child: asyncio.subprocess.Process) -> Outcome:
-        while True:
-            word, _, rest = (await _line(child)).partition(" ")
-            if word == "progress":
-                self._said[index] = Progress(**json.loads(rest))
-            elif word == "outcome":
-                return outcome_from_line(rest)
-            else:
+        heard = self._heard[index]
+        while heard.outcome is None:
+            line = await _line(child)
+            if not line:
                 raise RuntimeError(f"load process {index} ended without an outcome, see its words above")
-
-
-_NOTHING = Progress(elapsed_s=0, length_s=0, finished=0, offered=0, in_flight=0, p95_s=None)
+            heard.line(line)
+        return heard.outcome
 
 
 def _tell(child: asyncio.subprocess.Process, line: str) -> None:

@@ -19,6 +19,10 @@ from pytest_gpulab.load.share import Outcome
 MOST_LAG_S = 0.010
 """Above this p99 the client was too slow to be trusted."""
 
+MOST_CLOCK_ERROR_S = 0.050
+"""A shard that starts late shifts its arrivals against the others'; its latencies are its own and stay right. Up to
+this the shift is a step or two of a slow engine, and 1 % of the 5 s over which rates are looked at."""
+
 _LITTLE_TOLERANCE = 0.25
 _LITTLE_SAMPLES = 20
 
@@ -31,6 +35,11 @@ def client_problems(outcome: Outcome) -> Iterator[str]:
                 f"the client {what} late: p99 {lag * 1e3:.1f} ms after they were due, more than "
                 f"{MOST_LAG_S * 1e3:.0f} ms; use more processes or a machine of its own"
             )
+    if outcome.clock_error_s > MOST_CLOCK_ERROR_S:
+        yield (
+            f"the shards may have started {outcome.clock_error_s * 1e3:.0f} ms apart, more than "
+            f"{MOST_CLOCK_ERROR_S * 1e3:.0f} ms; measure from nearer to the cluster, or at a rate that one pod sends"
+        )
     for name, words in _MISCOUNTS.items():
         if count := outcome.counts[name]:
             yield f"{count} of {outcome.counts['whole']} answers {words}"

@@ -1,16 +1,14 @@
-"""``python -m pytest_gpulab.load.shard``: sends one share of a load, as a child process or as a pod.
+"""``python -m pytest_gpulab.load.shard``: sends one share of a load, as a child process; `pod` does so in a pod.
 
-It reads a share from ``GPULAB_LOAD_SHARE`` or the first line of stdin, encodes its bodies and says ``ready``. It
-starts at the Unix time in ``GPULAB_LOAD_START`` or on the next line of stdin, says ``progress {...}`` each second and
-``outcome BASE64`` at the end. In a Kubernetes Indexed Job ``JOB_COMPLETION_INDEX`` says which share it is. SIGTERM
-ends it with the partial outcome.
+It reads a share from the first line of stdin, encodes its bodies and says ``ready``. Asked ``clock`` it says what
+time it has. It starts at the Unix time on the next line of stdin, by its own clock, says ``progress {...}`` each
+second and ``outcome NUMBER/OF TEXT`` lines at the end. SIGTERM ends it with the partial outcome.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import sys
 import time
@@ -20,25 +18,37 @@ import uvloop
 
 from pytest_gpulab.load.local import OneProcess
 from pytest_gpulab.load.progress import Progress, meanwhile, tell_every
-from pytest_gpulab.load.share import Outcome
-from pytest_gpulab.load.wire import outcome_to_line, share_from_line
+from pytest_gpulab.load.share import Outcome, Share
+from pytest_gpulab.load.wire import outcome_to_parts, share_from_line
 
 
 def main() -> int:
-    """Send the share; 1 when it came too late to start with the others."""
-    index = os.environ.get("JOB_COMPLETION_INDEX")
-    line = os.environ.get("GPULAB_LOAD_SHARE") or sys.stdin.readline()
-    load = OneProcess(share_from_line(line, index=None if index is None else int(index)))
+    """Send the share on stdin; 1 when it came too late to start with the others."""
+    return send(share_from_line(sys.stdin.readline()))
+
+
+def send(share: Share) -> int:
+    """Send a share when stdin says so; 1 when that came too late."""
+    load = OneProcess(share)
     print("ready", flush=True)
-    start_unix = float(os.environ.get("GPULAB_LOAD_START") or sys.stdin.readline())
+    start_unix = _told_start()
     start = time.perf_counter() + start_unix - time.time()
     if start < time.perf_counter():
         print(f"too late: the start was {time.perf_counter() - start:.1f} s ago", file=sys.stderr)
         return 1
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         outcome = runner.run(_run(load, start))
-    print(f"outcome {outcome_to_line(outcome)}", flush=True)
+    for part in outcome_to_parts(outcome):
+        print(f"outcome {part}")
+    sys.stdout.flush()
     return 0
+
+
+def _told_start() -> float:
+    """The start by this process' clock, which tells the time until then to whoever asks."""
+    while (line := sys.stdin.readline().strip()) == "clock":
+        print(f"clock {time.time()!r}", flush=True)
+    return float(line)
 
 
 async def _run(load: OneProcess, start: float) -> Outcome:

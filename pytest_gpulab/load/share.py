@@ -64,6 +64,7 @@ class Outcome:
         ended_s: when the last answer ended, seconds from the run's start.
         counts: answers with wrong or missing usage blocks.
         interrupted: the run was ended from outside.
+        clock_error_s: how far from the run's start the shards may have started, at most; 0 on one machine.
     """
 
     requests: NDArray[Any]
@@ -74,6 +75,7 @@ class Outcome:
     ended_s: float
     counts: Counter[str] = field(default_factory=Counter)
     interrupted: bool = False
+    clock_error_s: float = 0.0
 
 
 def merge(outcomes: Sequence[Outcome]) -> Outcome:

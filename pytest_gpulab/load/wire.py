@@ -1,4 +1,4 @@
-"""Shares and outcomes as single lines of text, for processes and pods that send shards."""
+"""Shares and outcomes as lines of text, for processes and pods that send shards."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from pytest_gpulab.load.share import Outcome, Share
 
 
 def share_to_line(share: Share) -> str:
-    """A share as JSON. It holds the endpoint's API key: keep it out of arguments and logs.
+    """A share as JSON. It holds the endpoint's API key, if any: keep it out of arguments and logs.
 
     Who sends reads no metrics, so the way to them stays behind.
     """
@@ -40,8 +41,35 @@ def share_from_line(line: str, *, index: int | None = None) -> Share:
     )
 
 
-def outcome_to_line(outcome: Outcome) -> str:
-    """An outcome as base64 of a compressed npz."""
+PART_CHARACTERS = 12_000
+"""Container runtimes cut lines of a log after 16 KiB."""
+
+
+def outcome_to_parts(outcome: Outcome) -> list[str]:
+    """An outcome as base64 of a compressed npz, in parts: ``NUMBER/OF TEXT``, numbers from 0."""
+    text = _outcome_to_text(outcome)
+    parts = [text[start : start + PART_CHARACTERS] for start in range(0, len(text), PART_CHARACTERS)]
+    return [f"{number}/{len(parts)} {part}" for number, part in enumerate(parts)]
+
+
+def outcome_of_parts(parts: Iterable[str]) -> Outcome | None:
+    """The outcome, whatever the order of its parts, some of which may come twice; None while one is missing.
+
+    ValueError: they do not fit together.
+    """
+    found: dict[int, str] = {}
+    count = 0
+    for part in parts:
+        place, _, text = part.partition(" ")
+        number, _, of = place.partition("/")
+        count = int(of)
+        found[int(number)] = text
+    if not count or len(found) < count:
+        return None
+    return _outcome_from_text("".join(found[number] for number in range(count)))
+
+
+def _outcome_to_text(outcome: Outcome) -> str:
     plain = {
         "failures": outcome.failures,
         "counts": outcome.counts,
@@ -60,9 +88,9 @@ def outcome_to_line(outcome: Outcome) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def outcome_from_line(line: str) -> Outcome:
-    """The outcome of a line."""
-    with np.load(io.BytesIO(base64.b64decode(line))) as file:
+def _outcome_from_text(text: str) -> Outcome:
+    """The archive has a checksum of each of its members."""
+    with np.load(io.BytesIO(base64.b64decode(text))) as file:
         plain = json.loads(file["plain"].tobytes())
         return Outcome(
             requests=file["requests"],

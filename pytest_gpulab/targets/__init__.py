@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpulab.errors import unknown_name
 from pytest_gpulab.gates import TargetRefused
-from pytest_gpulab.targets.base import MEASURED_REPEATS, Served, Serving, Target
+from pytest_gpulab.targets.base import LOADED_FROM, MEASURED_REPEATS, Served, Serving, Target
 
 if TYPE_CHECKING:
     from pytest_gpulab.experiment import Profile
     from pytest_gpulab.options import Options
     from pytest_gpulab.run import Basis
 
-__all__ = ["Kind", "Served", "Target", "find_target", "kind_of", "target_names"]
+__all__ = ["LOADED_FROM", "Kind", "Served", "Target", "cluster_targets", "find_target", "kind_of", "target_names"]
 
 
 class Kind(NamedTuple):
@@ -27,11 +27,13 @@ class Kind(NamedTuple):
     """The most repeats a gate may pull: a look of the rule."""
     has_campaigns: bool = False
     """Whether runs take real time, so that a session spends no more of it than it was given."""
+    has_cluster: bool = False
+    """Whether the load can come from pods beside the model."""
 
 
 _KINDS = {
-    "cluster": Kind("ClusterTarget", "emulated", MEASURED_REPEATS, has_campaigns=True),
-    "eks": Kind("EksTarget", "measured", MEASURED_REPEATS, has_campaigns=True),
+    "cluster": Kind("ClusterTarget", "emulated", MEASURED_REPEATS, has_campaigns=True, has_cluster=True),
+    "eks": Kind("EksTarget", "measured", MEASURED_REPEATS, has_campaigns=True, has_cluster=True),
     "endpoint": Kind("EndpointTarget", "measured", MEASURED_REPEATS, has_campaigns=True),
     "plan": Kind("Plan", "simulated", MEASURED_REPEATS, has_campaigns=True),
     "sim": Kind("Sim", "simulated", 24),
@@ -42,6 +44,11 @@ _KINDS = {
 def target_names() -> list[str]:
     """The targets that exist, sorted; not the one that forecasts are made on."""
     return sorted(_KINDS.keys() - {"plan"})
+
+
+def cluster_targets() -> list[str]:
+    """Those whose cluster can make the load, sorted."""
+    return sorted(name for name, kind in _KINDS.items() if kind.has_cluster)
 
 
 def kind_of(name: str) -> Kind:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 from pytest_gpulab.aws.billing import Bill
@@ -11,10 +11,16 @@ from pytest_gpulab.experiment import Profile, Workload
 from pytest_gpulab.run import Basis, Run
 
 if TYPE_CHECKING:
+    from pytest_gpulab.load.local import Load
+    from pytest_gpulab.load.share import Share
     from pytest_gpulab.options import Options
 
 MEASURED_REPEATS = 12
 """The most repeats of a gate on measured targets: their time costs money."""
+
+
+LOADED_FROM = {"client": "the client machine", "cluster": "inside the cluster"}
+"""Where the load of a served profile may be made, by the option's value."""
 
 
 class Served(NamedTuple):
@@ -25,6 +31,8 @@ class Served(NamedTuple):
     """What the cluster's GPU machines have cost between two moments (Unix seconds); None where nobody pays."""
     prices: str = ""
     """Of these machines, with their source and date."""
+    pods: Callable[[Sequence[Share]], Load] | None = None
+    """Has shares sent from inside the cluster; None: the load comes from this machine."""
 
 
 Serving = Callable[[Profile], Served]

@@ -1,4 +1,4 @@
-"""The target `eks`: real vLLM on GPU machines of an EKS cluster, loaded through its load balancer."""
+"""The target `eks`: real vLLM on GPU machines of an EKS cluster, loaded through its load balancer or from inside."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pytest_gpulab.experiment import Profile, Workload
 from pytest_gpulab.gates import TargetRefused
 from pytest_gpulab.render import PublicAccess, documents, instance_type_of
 from pytest_gpulab.run import Basis, Run
-from pytest_gpulab.targets.base import MEASURED_REPEATS, Serving
+from pytest_gpulab.targets.base import LOADED_FROM, MEASURED_REPEATS, Serving
 from pytest_gpulab.targets.loading import Loading
 
 if TYPE_CHECKING:
@@ -39,32 +39,41 @@ class EksTarget:
     repeatable = False
 
     def __init__(
-        self, serving: Serving, region: str, machine: str, log_dir: Path, tell: Callable[[str], None]
+        self,
+        serving: Serving,
+        region: str,
+        machine: str,
+        log_dir: Path,
+        tell: Callable[[str], None],
+        load_from: str = "client",
     ) -> None:
         """`machine`: the instance type that the session may buy."""
         self._serving = serving
+        self._load_from = load_from
         self._region = region
         self._machine = machine
         self._loading = Loading(log_dir / "interrupted", tell)
 
     @classmethod
     def from_options(cls, options: Options, tell: Callable[[str], None], serving: Serving) -> Self:
-        read_request(options.eks, run="", need=None)
+        read_request(options.eks, run="", need=None, load_from=options.load_from)
         read_public(options.eks)
         machine = find_accelerator(options.accelerator).instance_type
-        return cls(serving, options.eks.region, machine, options.report_dir / cls.name, tell)
+        return cls(serving, options.eks.region, machine, options.report_dir / cls.name, tell, options.load_from)
 
     def server(self, profile: Profile) -> str:
         """vLLM's version, the machine and its region, and where the load came from."""
         if profile.fleet is not None or instance_type_of(profile) != self._machine:
             return ""
-        return f"vllm {_vllm_version()} on {self._machine}, EKS in {self._region}, loaded from the client machine"
+        place = LOADED_FROM[self._load_from]
+        return f"vllm {_vllm_version()} on {self._machine}, EKS in {self._region}, loaded from {place}"
 
     def run(self, workload: Workload, profile: Profile, seed: int) -> Run:
         """Have the profile served, and load it. TargetRefused for a fleet, and where AWS has no such machine."""
         if profile.fleet is not None:
             raise TargetRefused("the target eks serves one replica at a time; a fleet is a question for sim")
-        self._loading.headroom  # noqa: B018 (measured before there is a machine that costs)
+        if self._load_from == "client":
+            self._loading.headroom  # noqa: B018 (measured before there is a machine that costs)
         asked = time.time()
         served = self._serving(profile)
         ready = time.time()
@@ -73,6 +82,7 @@ class EksTarget:
             profile,
             seed,
             endpoint=served.endpoint,
+            elsewhere=served.pods,
             target=self.name,
             basis=self.basis,
             server=self.server(profile),
@@ -91,19 +101,26 @@ class EksTarget:
         """The session's pool ends what it has started."""
 
 
-def read_request(given: EksOptions, *, run: str, need: Need | None) -> Request:
+def read_request(given: EksOptions, *, run: str, need: Need | None, load_from: str) -> Request:
     """What preflight is asked for. ValueError: an option is missing or wrong; it says which and why.
 
     Args:
         run: the run's id, from which a cluster of its own has its name.
+        load_from: "client" needs a way to the model, "cluster" has one.
     """
     for option, value in (("accounts", given.accounts), ("budget", given.budget)):
         if not value:
             raise ValueError(f"the target eks needs --gpulab-{option}: it spends somebody's money")
-    if not given.cluster and not (given.client_cidrs and given.certificate):
+    if not given.cluster and not given.client_cidrs:
+        raise ValueError(
+            "the target eks makes a cluster whose API answers named addresses only: give this machine's in "
+            "--gpulab-client-cidrs"
+        )
+    if not given.cluster and load_from == "client" and not given.certificate:
         raise ValueError(
             "the target eks makes a network of its own, which this machine reaches through a public load balancer "
-            "only: give --gpulab-client-cidrs and --gpulab-certificate, or a --gpulab-cluster whose network it is in"
+            "only: give --gpulab-client-cidrs and --gpulab-certificate, a --gpulab-cluster whose network it is in, "
+            "or load it from inside with --gpulab-load-from=cluster"
         )
     accounts = _words(given.accounts)
     if wrong := [account for account in accounts if not _ACCOUNT.fullmatch(account)]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,8 @@ from pytest_gpulab.run import Basis, Run
 
 if TYPE_CHECKING:
     from pytest_gpulab.load import Headroom
+    from pytest_gpulab.load.local import Load
+    from pytest_gpulab.load.share import Share
 
 
 class Loading:
@@ -49,8 +51,12 @@ class Loading:
         server: str,
         basis: Basis = "measured",
         relative_error: float = 0.0,
+        elsewhere: Callable[[Sequence[Share]], Load] | None = None,
     ) -> Run:
-        """A Run of `workload` on `endpoint`. TargetRefused when it is beyond what this client can do."""
+        """A Run of `workload` on `endpoint`. TargetRefused when it is beyond what the client can do.
+
+        `elsewhere` sends from another place, which knows its limits; None: this machine does, within its headroom.
+        """
         from pytest_gpulab.load import BeyondHeadroom, run_load
 
         try:
@@ -64,7 +70,8 @@ class Loading:
                 server=server,
                 relative_error=relative_error,
                 progress=self._tell,
-                headroom=self.headroom,
+                headroom=None if elsewhere else self.headroom,
+                elsewhere=elsewhere,
                 interrupted_to=self._interrupted_to,
             )
         except BeyondHeadroom as refusal:

@@ -169,6 +169,40 @@ def test_a_study_from_nothing_to_nothing(world: World, project: Callable[..., Pr
 
 
 @pytest.mark.slow
+def test_a_network_of_its_own_loaded_from_inside_needs_no_certificate(
+    world: World, project: Callable[..., Project]
+) -> None:
+    body = """
+        import pytest
+        from pytest_gpulab import ClosedLoop, Shape, Workload
+
+        SHAPE = Shape(prompt_tokens=64, output_tokens=8)
+        SHORT = Workload(arrivals=ClosedLoop(concurrency=2), shape=SHAPE, requests=8)
+
+        @pytest.mark.decision("delivers", "One replica delivers what is asked for")
+        def test_delivers(measure):
+            assert measure(SHORT, PROFILE).delivery_ratio >= 0.999
+
+        def test_nothing_is_public(gpu_pool):
+            assert gpu_pool.kube.list("networking.k8s.io/v1", "Ingress") == []
+            (params,) = gpu_pool.kube.list("eks.amazonaws.com/v1", "IngressClassParams")
+            assert params["spec"]["scheme"] == "internal"
+    """
+    study = project(body)
+    status, output = study.run(*OPTIONS, "--gpulab-certificate=", "--gpulab-load-from=cluster")
+    assert status == 0, output
+    found = decisions(study)["delivers"]
+    late = "the client sent requests late" in found["gates"][0]["reason"]
+    assert found["verdict"] == ("open" if late else "supported"), output
+    (run,) = found["runs"]
+    assert run["server"] == "vllm 0.25.1 on g4dn.xlarge, EKS in us-west-2, loaded from inside the cluster"
+    bought = {one.offering.type.name for one in world.cluster.live.embedded.cloud.instances.values()}
+    assert bought == {"g4dn.xlarge", "c6a.large"}
+    assert world.is_empty()
+    assert study.left() == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("conftest", "hours", "reason"),
     [
@@ -315,7 +349,9 @@ def test_a_certificate_that_will_not_do_costs_nothing(world: World, project: Cal
         ("--gpulab-accounts=", "needs --gpulab-accounts"),
         ("--gpulab-accounts=12", "must be numbers of 12 digits, got 12"),
         ("--gpulab-certificate=", "give --gpulab-client-cidrs and --gpulab-certificate"),
+        ("--gpulab-certificate=", "or load it from inside with --gpulab-load-from=cluster"),
         ("--gpulab-client-cidrs=here", "must be such as 203.0.113.7/32"),
+        ("--gpulab-client-cidrs=", "give this machine's in --gpulab-client-cidrs"),
     ],
 )
 def test_what_is_missing_is_a_usage_error(pytester: pytest.Pytester, change: str, said: str) -> None:

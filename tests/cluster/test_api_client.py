@@ -7,7 +7,7 @@ import ssl
 import stat
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -338,11 +338,15 @@ def test_malformed_requests_are_refused_and_the_server_lives(api: client.ApiClie
     assert client.VersionApi(api).get_code().git_version == "v1.32.0+gpulab"
 
 
+async def _ready_line(namespace: str, name: str, query: Mapping[str, str]) -> AsyncIterator[str]:
+    yield f"{namespace}/{name}: ready\n"
+
+
 def test_metrics_and_logs_come_from_callables(tmp_path: Path) -> None:
     served = Served(
         tmp_path,
         metrics=lambda path, query: {"kind": "MetricValueList", "path": path, **query} if path else None,
-        logs=lambda namespace, name, query: f"{namespace}/{name}: ready\n",
+        logs=_ready_line,
     ).start()
     try:
         with config.new_client_from_config(str(served.config)) as api:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.kube.project import CONFTEST, ELSEWHERE, Project
+from tests.kube.project import CONFTEST, ELSEWHERE, Project, until
 from tests.kube.running import Running, running
 
 POINTS = 50
@@ -71,6 +72,50 @@ def test_on_a_cluster_that_goes_on(tmp_path: Path) -> None:
         assert _remains(cluster) == []
         assert cluster.launched() == 1
     sweep(trial, steps)
+
+
+LOADS = """
+    import pytest
+    from pytest_gpulab import Constant, Shape, Workload
+
+    @pytest.mark.decision("delivers", "It delivers")
+    def test_loads(measure):
+        load = Workload(arrivals=Constant(rate=4), shape=Shape(prompt_tokens=64, output_tokens=8), duration_s=60)
+        assert measure(load, PROFILE).delivery_ratio >= 0.999
+"""
+
+
+@pytest.mark.slow
+def test_a_session_that_loads_from_inside_the_cluster(tmp_path: Path) -> None:
+    """Killed while its pods send: they end, and so do their processes."""
+    project = Project(tmp_path / "loads", LOADS)
+    with project.start("--gpulab-target=cluster", "--gpulab-load-from=cluster") as session:
+        assert until(lambda: bool(senders(project)), 60)
+        session.kill()
+        session.wait()
+    assert senders(project), "the cluster, and the load in it, go on"
+    status, said = project.reap()
+    assert status == 0 and "Job gpulab/load-" in said and "NodePool load" in said, said
+    assert until(lambda: not senders(project))
+    assert project.left() == []
+
+
+def senders(project: Project) -> list[int]:
+    """Processes of the load's pods."""
+    return [
+        child.pid
+        for process in psutil.process_iter()
+        if any(str(project.state) in word for word in words_of(process))
+        for child in process.children(recursive=True)
+        if "pytest_gpulab.load.pod" in words_of(child)
+    ]
+
+
+def words_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def _remains(cluster: Running) -> list[str]:

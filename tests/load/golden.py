@@ -3,8 +3,8 @@
 ``python tests/load/golden.py '{...}'`` prints its URL. Options: ``delay_s`` before the first token, ``interval_s``
 between two, ``plan``: how to answer the first, second, ... request (the last entry counts for all further ones), the
 names of `ANSWERS`. ``GET /truth`` gives the records, ``GET /metrics`` counters of the same truth under vLLM's names,
-``GET /v1/models`` one model.
-Times are CLOCK_MONOTONIC, which all processes of a machine share. It shares no code with the package.
+``GET /v1/models`` the models ``golden`` and ``qwen2.5-0.5b``. Times are CLOCK_MONOTONIC, which all processes of a
+machine share. It shares no code with the package.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Golden:
         lengths = [line for line in head.split("\r\n") if line.lower().startswith("content-length:")]
         body = await reader.readexactly(int(lengths[0].split(":")[1])) if lengths else b""
         if method == "GET":
-            pages = {"/metrics": self.metrics, "/v1/models": lambda: '{"data": [{"id": "qwen2.5-0.5b"}]}'}
+            models = '{"data": [{"id": "golden"}, {"id": "qwen2.5-0.5b"}]}'
+            pages = {"/metrics": self.metrics, "/v1/models": lambda: models}
             text = pages.get(path, lambda: json.dumps(self.records))()
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(text), text.encode()))
             return True

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -139,33 +136,6 @@ def test_a_load_whose_requests_depend_on_each_other_is_not_divided():
     workload = Workload(arrivals=ClosedLoop(concurrency=4), shape=SHAPE, requests=40)
     with pytest.raises(ValueError, match="use one process"):
         load("http://127.0.0.1:1", workload, processes=2)
-
-
-@pytest.mark.slow
-def test_a_pod_sends_its_share():
-    """As in an Indexed Job: the share in the environment, which one by the completion index."""
-    from pytest_gpulab.load.share import Share
-    from pytest_gpulab.load.wire import outcome_from_line, share_to_line
-
-    with golden_server() as url:
-        share = Share(POISSON, Endpoint(url, "golden"), 3, (400, 401), 30.0, index=0, count=4)
-        variables = {
-            "GPULAB_LOAD_SHARE": share_to_line(share),
-            "GPULAB_LOAD_START": repr(time.time() + 3.0),
-            "JOB_COMPLETION_INDEX": "2",
-        }
-        command = [sys.executable, "-m", "pytest_gpulab.load.shard"]
-        said = subprocess.run(
-            command, env=variables, stdout=subprocess.PIPE, text=True, check=True, timeout=60
-        ).stdout
-    words = dict(line.split(" ", 1) for line in said.splitlines() if " " in line)
-    outcome = outcome_from_line(words["outcome"])
-    assert outcome.requests["ok"].sum() == 30
-    progress = json.loads(words["progress"])
-    assert progress["offered"] == 30
-    from pytest_gpulab.arrivals import schedule
-
-    np.testing.assert_array_equal(outcome.requests["scheduled"], schedule(POISSON, 3)["scheduled"][2::4])
 
 
 def test_load_beyond_the_headroom_is_refused():

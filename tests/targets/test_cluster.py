@@ -51,3 +51,47 @@ def test_study_runs_over_http_and_the_cluster_is_gone(project: Project, monkeypa
     simulated = simulate(t4, four)
     rate = simulated.totals["generation_tokens_total"] / simulated.duration_s
     assert figures["output rate"] == pytest.approx(rate, rel=0.25)  # a machine under test may be busy
+
+
+@pytest.mark.slow
+def test_the_same_study_loaded_from_inside(project: Project, monkeypatch, tmp_path) -> None:
+    """The record says so, and the load balancer that nobody needs was not made."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    project.pytester.makeconftest(WATCHED)
+    project.write(STUDY)
+    options = ("--gpulab-target=cluster", "--gpulab-load-from=cluster", "--gpulab-campaign=quick")
+    result = project.spawn(*options)
+    result.assert_outcomes(passed=1, skipped=1)
+    (run,) = next(item for item in json.loads(project.file().read_text())["evidence"] if item["runs"])["runs"]
+    assert run["server"] == "emulated by t4-qwen2.5-0.5b base, loaded from inside the cluster"
+    assert len(run["seeds"]) == 6
+    made = (project.pytester.path / "ledger.jsonl").read_text()
+    assert made.count('"Job", "load-') == 6 and '"Ingress"' not in made
+    assert list((tmp_path / "gpulab" / "runs").iterdir()) == []
+
+
+WATCHED = """
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def ledger_is_kept(request, measure):
+    yield
+    pool = request.getfixturevalue("gpu_pool")
+    (request.config.rootpath / "ledger.jsonl").write_bytes(pool.ledger.path.read_bytes())
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gpulab-target=sim"], "the target sim has no cluster that could make the load"),
+        (["--gpulab-target=vllm"], "choose --gpulab-target=cluster or eks"),
+        (["--gpulab-target=cluster", "--gpulab-load-from=moon"], "must be one of client, cluster, got 'moon'"),
+    ],
+)
+def test_a_place_that_does_not_exist_is_refused(project: Project, options: list[str], words: str) -> None:
+    project.write(STUDY)
+    result = project.spawn("--gpulab-load-from=cluster", *options)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert f"--gpulab-load-from: {words}" in str(result.stderr) or words in str(result.stderr)

@@ -20,8 +20,15 @@ VERSION: Object = {
     "platform": "linux/amd64",
 }
 VERBS = ["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"]
-_OWN_VERBS = {"log": ["get"], "eviction": ["create"], "binding": ["create"], "finalize": ["update"]}
+_OWN_VERBS = {
+    "log": ["get"],
+    "attach": ["create", "get"],
+    "eviction": ["create"],
+    "binding": ["create"],
+    "finalize": ["update"],
+}
 _OWN_KINDS = {
+    "attach": ("", "v1", "PodAttachOptions"),
     "scale": ("autoscaling", "v1", "Scale"),
     "eviction": ("policy", "v1", "Eviction"),
     "binding": ("", "v1", "Binding"),

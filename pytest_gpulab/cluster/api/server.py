@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -21,6 +22,7 @@ from pytest_gpulab.cluster.api.access import (
     new_certificates,
     new_token,
 )
+from pytest_gpulab.cluster.api.attach import Attachable, attach
 from pytest_gpulab.cluster.api.custom import serve_custom_resources
 from pytest_gpulab.cluster.api.objects import answer
 from pytest_gpulab.cluster.api.requests import Call, no_such_path, read_call
@@ -32,12 +34,13 @@ from pytest_gpulab.cluster.store import Store
 
 Metrics = Callable[[str, Object], Object | None]
 """Given a path below `/apis/custom.metrics.k8s.io/v1beta1` ("" for the list of metrics) and the query: the answer."""
-Logs = Callable[[str, str, Object], str]
-"""Given a pod's namespace and name, and the query: what its containers wrote."""
+Logs = Callable[[str, str, Mapping[str, str]], AsyncIterator[str]]
+"""Given a pod's namespace and name, and the query: what its containers wrote, and are going to write."""
 Proxy = Callable[[web.Request, str, str, str], Awaitable[web.StreamResponse]]
 """Given a request, a pod's namespace, its NAME or NAME:PORT, and a path: the answer of the pod's own server."""
 
 _LARGEST_BODY = 3 << 20
+_ATTACH = re.compile(r"^/api/v1/namespaces/([^/]+)/pods/([^/]+)/attach$")
 _POD_PROXY = re.compile(r"^/api/v1/namespaces/([^/]+)/pods/([^/]+)/proxy(?:/(.*))?$")
 _METRICS_PATH = f"/apis/{METRICS_GROUP}/{METRICS_VERSION}"
 _NO_METRICS: Object = {
@@ -62,6 +65,7 @@ class ApiServer:
         port: int = 0,
         metrics: Metrics | None = None,
         logs: Logs | None = None,
+        processes: Attachable | None = None,
         proxy: Proxy | None = None,
         certificates: Certificates | None = None,
     ) -> None:
@@ -69,6 +73,7 @@ class ApiServer:
         self.token = new_token()
         self.port = port
         self._metrics, self._logs, self._proxy = metrics, logs, proxy
+        self._processes = processes
         self._certificates = certificates or new_certificates()
         self._watching: set[asyncio.Task[object] | None] = set()
         self._runner: web.AppRunner | None = None
@@ -136,26 +141,34 @@ class ApiServer:
             return _json(self._custom_metrics(path, dict(request.query)))
         if proxied := _POD_PROXY.match(request.path):
             return await self._proxied(request, *proxied.groups(default=""))
+        if attached := _ATTACH.match(request.path):
+            return await self._attached(request, *attached.groups())
         if request.method == "GET" and (document := self._document(path, request)):
             return document
         call = await read_call(request, self.store.resources)
         if call.watches:
-            return await self._watch(call, request)
+            return await self._cancellable(stream(self.store, call, request))
         if call.subresource == "log":
-            return web.Response(text=self._log_of(call))
+            return await self._cancellable(self._log_of(call, request))
         result = answer(self.store, call)
         response = _json(result.body, result.code)
         for warning in result.warnings:
             response.headers.add("Warning", f"299 - {json.dumps(warning)}")
         return response
 
-    async def _watch(self, call: Call, request: web.Request) -> web.StreamResponse:
+    async def _cancellable(self, answer: Awaitable[web.StreamResponse]) -> web.StreamResponse:
+        """An answer that may take for ever, but not longer than the server."""
         task = asyncio.current_task()
         self._watching.add(task)
         try:
-            return await stream(self.store, call, request)
+            return await answer
         finally:
             self._watching.discard(task)
+
+    async def _attached(self, request: web.Request, namespace: str, name: str) -> web.StreamResponse:
+        if self._processes is None:
+            raise ServiceUnavailable("no processes run behind this cluster's pods")
+        return await self._cancellable(attach(self._processes, request, namespace, name))
 
     async def _proxied(self, request: web.Request, namespace: str, name: str, path: str) -> web.StreamResponse:
         if self._proxy is None:
@@ -188,9 +201,17 @@ class ApiServer:
             raise no_such_path()
         return found
 
-    def _log_of(self, call: Call) -> str:
+    async def _log_of(self, call: Call, request: web.Request) -> web.StreamResponse:
         self.store.get(POD, call.name, call.namespace)
-        return self._logs(call.namespace, call.name, dict(call.query)) if self._logs else ""
+        lines = self._logs(call.namespace, call.name, call.query) if self._logs else None
+        response = web.StreamResponse(headers={"Content-Type": "text/plain"})
+        await response.prepare(request)
+        with contextlib.suppress(ConnectionResetError):
+            if lines is not None:
+                async for line in lines:
+                    await response.write(line.encode())
+            await response.write_eof()
+        return response
 
 
 def _json(body: Object, code: int = 200) -> web.Response:

@@ -121,6 +121,24 @@ def _condition(obj: Object, kind: str) -> str:
     return next((item.get("status", "") for item in conditions if item.get("type") == kind), "Unknown")
 
 
+def _job_status(job: Object) -> str:
+    for kind in ("Complete", "Failed", "Suspended", "FailureTarget", "SuccessCriteriaMet"):
+        if _condition(job, kind) == "True":
+            return {"FailureTarget": "Terminating", "SuccessCriteriaMet": "Terminating"}.get(kind, kind)
+    return "Running"
+
+
+def _completions(job: Object) -> str:
+    wanted = at(job, "spec.completions") or f"1 of {at(job, 'spec.parallelism', 1)}"
+    return f"{at(job, 'status.succeeded', 0)}/{wanted}"
+
+
+def _job_duration(job: Object) -> str:
+    """How long it took; that of one which still runs is told by its age."""
+    started, ended = at(job, "status.startTime"), at(job, "status.completionTime")
+    return f"{seconds(ended) - seconds(started):.0f}s" if started and ended else ""
+
+
 def _node_status(node: Object) -> str:
     ready = "Ready" if _condition(node, "Ready") == "True" else "NotReady"
     return f"{ready},SchedulingDisabled" if at(node, "spec.unschedulable") else ready
@@ -186,6 +204,11 @@ _OWN: dict[Resource, list[Column]] = {
     ],
     kinds.REPLICA_SET: _WORKLOAD,
     kinds.STATEFUL_SET: [("Ready", _ratio("status.readyReplicas", "spec.replicas", 1))],
+    kinds.JOB: [
+        ("Status", _job_status),
+        ("Completions", _completions),
+        ("Duration", _job_duration),
+    ],
     kinds.NODE: [
         ("Status", _node_status),
         ("Instance-Type", _label("node.kubernetes.io/instance-type")),
