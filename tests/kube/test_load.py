@@ -151,7 +151,7 @@ def test_pods_send_the_schedule_and_come_back_with_what_the_server_counted(
     for secret in (
         lab.pool.api_key,
         b64encode(lab.pool.api_key.encode()).decode(),
-        *lab.endpoint.metrics_headers.values(),
+        *lab.endpoint.metrics_headers().values(),
     ):
         assert secret not in written
     assert lab.gone()

@@ -104,7 +104,7 @@ def test_it_says_what_is_wrong_with_the_way(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(module, "_ANSWER_S", 0.0)
     with golden_server() as url:
         assert module._unreachable(Endpoint(url, "golden")) is None
-        assert module._unreachable(Endpoint(url, "another")) == "it lists golden"
+        assert module._unreachable(Endpoint(url, "another")) == "it lists golden, qwen2.5-0.5b"
     assert "refused" in str(module._unreachable(Endpoint(url, "golden")))
 
 
