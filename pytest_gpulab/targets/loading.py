@@ -14,6 +14,7 @@ from pytest_gpulab.run import Basis, Run
 
 if TYPE_CHECKING:
     from pytest_gpulab.load import Headroom
+    from pytest_gpulab.load.servers import Servers
 
 
 class Loading:
@@ -49,6 +50,7 @@ class Loading:
         server: str,
         basis: Basis = "measured",
         relative_error: float = 0.0,
+        servers: Servers | None = None,
     ) -> Run:
         """A Run of `workload` on `endpoint`. TargetRefused when it is beyond what this client can do."""
         from pytest_gpulab.load import BeyondHeadroom, run_load
@@ -66,6 +68,7 @@ class Loading:
                 progress=self._tell,
                 headroom=self.headroom,
                 interrupted_to=self._interrupted_to,
+                servers=servers,
             )
         except BeyondHeadroom as refusal:
             raise TargetRefused(str(refusal)) from None
