@@ -99,14 +99,19 @@ class Fleet(Definition):
     pre_stop_s: Annotated[int, Field(ge=0)] = 0
     grace_s: Annotated[int, Field(ge=0)] = 30
     readiness_period_s: Count = 5
-    stages: Literal["g4dn", "g4dn-soci", "p5en", "p5en-soci"] = "g4dn"
-    """How long a cold start takes: a name in `cluster.durations`."""
+    stages: Literal["g4dn", "g4dn-soci", "p5en", "p5en-soci", "brief"] = "g4dn"
+    """How long a cold start takes where the machines are not real: a name in `cluster.durations`."""
     faults: Faults = NO_FAULTS
 
     @property
     def deployed(self) -> int:
         """Replicas of the Deployment before the autoscaler has decided anything."""
         return max(self.autoscaling.min_replicas if self.autoscaling else self.replicas, self.warm)
+
+    @property
+    def most_replicas(self) -> int:
+        """As many as there can ever be at once."""
+        return self.autoscaling.max_replicas if self.autoscaling else self.deployed
 
 
 FROM_ZERO: Final = Fleet()

@@ -67,7 +67,7 @@ class Meter:
 
     def __init__(self, *, fixed_usd_per_hour: float, price_of: PriceOf, budget_usd: float, started: float) -> None:
         self._fixed = fixed_usd_per_hour
-        self._price_of = price_of
+        self.price_of = price_of
         self._started = started
         self.budget_usd = budget_usd
         self.machines: dict[str, Machine] = {}
@@ -108,7 +108,7 @@ class Meter:
             )
 
     def _rate(self, machine: Machine) -> float:
-        return self._price_of(machine.instance_type, machine.capacity_type)
+        return self.price_of(machine.instance_type, machine.capacity_type)
 
 
 def read_machine(claim: NodeClaim) -> Machine:

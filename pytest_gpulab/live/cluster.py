@@ -18,6 +18,7 @@ from pytest_gpulab.cluster.resources import NODE_POOL
 from pytest_gpulab.fleet import NO_FAULTS, Faults
 from pytest_gpulab.live.background import Background, WatchedClock
 from pytest_gpulab.live.ingress import DEREGISTRATION_S, Ingresses
+from pytest_gpulab.live.orders import obey
 from pytest_gpulab.live.proxy import PodProxy
 from pytest_gpulab.live.servers import ModelServers
 
@@ -58,6 +59,7 @@ async def live_cluster(
         rules=(),
     )
     store = embedded.store
+    obey(embedded)
     embedded.apply(NODE_POOL, GENERAL_PURPOSE)
     servers = ModelServers(store, clock, background)
     servers.attach(embedded.kubelets.hooks)

@@ -201,7 +201,8 @@ class Scraper:
         totals = self.totals
         since = self._rows[-1][0] if self._rows else now - 1
         self.busy_s += (now - since) * sum(page[_GAUGES[0]] > 0 for page in read)
-        self._rows.append((now, running, waiting, usage / max(len(read), 1), *(totals.get(name, 0.0) for name in _COUNTERS)))
+        usage /= max(len(read), 1)
+        self._rows.append((now, running, waiting, usage, *(totals.get(name, 0.0) for name in _COUNTERS)))
 
     def _look_around(self) -> None:
         """Which of the servers that come and go are there now."""

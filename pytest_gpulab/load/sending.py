@@ -44,7 +44,7 @@ _PROBE_S = 0.25
 _PROBE_TIMEOUT_S = 5.0
 
 _NOBODY_THERE = frozenset({"connect", "http_503"})
-"""Failures of a request that no server has seen: nothing listens, or a load balancer without a target that is ready."""
+"""Failures of a request that no server has seen: nothing listens, or a load balancer has no target that is ready."""
 
 _UNSENT, _IN_FLIGHT = "unsent", "in flight"
 

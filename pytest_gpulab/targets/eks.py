@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from ipaddress import ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -17,6 +18,7 @@ from pytest_gpulab.gates import TargetRefused
 from pytest_gpulab.render import PublicAccess, documents, instance_type_of
 from pytest_gpulab.run import Basis, Run
 from pytest_gpulab.targets.base import MEASURED_REPEATS, Serving
+from pytest_gpulab.targets.fleets import run_fleet
 from pytest_gpulab.targets.loading import Loading
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ _ACCOUNT = re.compile(r"\d{12}")
 
 
 class EksTarget:
-    """One replica at a time, on one machine, which the session's budget has been held against.
+    """One replica at a time, or a fleet of as many machines as the session's budget has been held against.
 
     A run costs what the GPU machines cost from the moment it was asked for: a cold start that it brought about, the
     time its answers took, and machines that idled or drained meanwhile.
@@ -46,32 +48,43 @@ class EksTarget:
     def from_options(cls, options: Options, tell: Callable[[str], None], serving: Serving) -> Self:
         read_request(options.eks, run="", need=None)
         read_public(options.eks)
+        read_machines(options.eks)
         return cls(serving, options.eks.region, options.report_dir / cls.name, tell)
 
     def server(self, profile: Profile) -> str:
         """vLLM's version, the machine and its region, and where the load came from."""
-        if profile.fleet is not None:
+        if _refusal(profile):
             return ""
         machine = instance_type_of(profile)
         return f"vllm {_vllm_version()} on {machine}, EKS in {self._region}, loaded from the client machine"
 
     def run(self, workload: Workload, profile: Profile, seed: int) -> Run:
-        """Have the profile served, and load it. TargetRefused for a fleet, and where AWS has no such machine."""
-        if profile.fleet is not None:
-            raise TargetRefused("the target eks serves one replica at a time; a fleet is a question for sim")
+        """Have the profile served, or its fleet deployed, and load it.
+
+        TargetRefused where AWS has no such machine, or the fleet is to suffer what cannot be made to happen there.
+        """
+        if refusal := _refusal(profile):
+            raise TargetRefused(refusal)
         self._loading.headroom  # noqa: B018 (measured before there is a machine that costs)
-        asked = time.time()
-        served = self._serving(profile)
-        ready = time.time()
-        run = self._loading.run(
+        load = partial(
+            self._loading.run,
             workload,
             profile,
             seed,
-            endpoint=served.endpoint,
             target=self.name,
             basis=self.basis,
             server=self.server(profile),
         )
+        if profile.fleet is None:
+            return self._run_one(load, profile)
+        assert self._serving.tariff is not None, "on AWS somebody pays"
+        return run_fleet(load, profile, self._serving.deploy, self._serving.tariff())
+
+    def _run_one(self, load: Callable[..., Run], profile: Profile) -> Run:
+        asked = time.time()
+        served = self._serving.serve(profile)
+        ready = time.time()
+        run = load(endpoint=served.endpoint)
         before = (asked - ready, f"asked for; served after {ready - asked:.0f} s")
         if served.bill is None:
             return replace(run, timeline=(before, *run.timeline))
@@ -84,6 +97,22 @@ class EksTarget:
 
     def close(self) -> None:
         """The session's pool ends what it has started."""
+
+
+def _refusal(profile: Profile) -> str:
+    """Why the target cannot do what the profile's fleet asks for; empty when it can.
+
+    Machines of EKS Auto Mode are managed instances: EKS alone gives them orders.
+    """
+    if profile.fleet is None:
+        return ""
+    asked = profile.fleet.faults.model_dump(exclude_defaults=True, exclude={"pod_deletions"})
+    if not asked:
+        return ""
+    return (
+        f"{', '.join(asked)} cannot be made to happen on EKS: its machines take orders from EKS alone, and its "
+        "capacity is what it is. Ask sim or cluster; of the faults, eks knows pod_deletions"
+    )
 
 
 def read_request(given: EksOptions, *, run: str, need: Need | None) -> Request:
@@ -123,6 +152,13 @@ def read_public(given: EksOptions) -> PublicAccess | None:
     if not given.client_cidrs:
         raise ValueError("--gpulab-certificate needs --gpulab-client-cidrs: a public load balancer is not for all")
     return PublicAccess(given.certificate, _cidrs(given.client_cidrs))
+
+
+def read_machines(given: EksOptions) -> int:
+    """The most GPU machines at once. ValueError: it is no whole number above 0."""
+    if not given.machines.isdigit() or not int(given.machines):
+        raise ValueError(f"--gpulab-machines must be a whole number above 0, got {given.machines!r}")
+    return int(given.machines)
 
 
 def _vllm_version() -> str:
