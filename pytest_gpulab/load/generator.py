@@ -111,7 +111,9 @@ def run_load(
     shares = [Share(workload, endpoint, seed, salt, longest_answer_s, index, count) for index in range(count)]
     load: Load = OneProcess(shares[0]) if count == 1 else Processes(shares)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        evidence = runner.run(_measure(load, endpoint, progress, servers, has_gpu=basis == "measured"))
+        lasting_s = (workload.duration_s or 0.0) if servers is not None else 0.0
+        measuring = _measure(load, endpoint, progress, servers, lasting_s, has_gpu=basis == "measured")
+        evidence = runner.run(measuring)
     outcome = evidence.outcome
     run = Run(
         requests=outcome.requests,
@@ -147,9 +149,14 @@ class _Evidence:
 
 
 async def _measure(
-    load: Load, endpoint: Endpoint, show: Show, servers: Servers | None, *, has_gpu: bool
+    load: Load, endpoint: Endpoint, show: Show, servers: Servers | None, lasting_s: float, *, has_gpu: bool
 ) -> _Evidence:
-    """`has_gpu`: a GPU of this machine may be what serves; it has no part in an emulated run."""
+    """What came of the load.
+
+    Args:
+        lasting_s: until when servers that come and go are watched, even if all answers are there.
+        has_gpu: a GPU of this machine may be what serves; it has no part in an emulated run.
+    """
     looking = local_gpu_samples(endpoint.url if has_gpu else "")
     async with aiohttp.ClientSession() as session, load, looking as gpu:
         scraper = Scraper(endpoint, session, servers)
@@ -164,12 +171,23 @@ async def _measure(
         telling = tell_every(_PROGRESS_S, look, lambda progress: show(str(progress)))
         async with meanwhile(scraper.sample(start)), meanwhile(telling):
             outcome = await load.run(start)
+            if not outcome.interrupted:
+                outcome = await _await_end(outcome, start + lasting_s)
         wall_s = time.perf_counter() - start
         try:
             await _settle(scraper, outcome)
         except asyncio.CancelledError:
             outcome = replace(outcome, interrupted=True)
     return _Evidence(outcome, scraper, gpu + scraper.gpu_samples, wall_s, servers is not None)
+
+
+async def _await_end(outcome: Outcome, end: float) -> Outcome:
+    """The outcome once it is `end` (``time.perf_counter``); interrupted if it was cancelled before."""
+    try:
+        await asyncio.sleep(max(0.0, end - time.perf_counter()))
+    except asyncio.CancelledError:
+        return replace(outcome, interrupted=True)
+    return outcome
 
 
 async def _settle(scraper: Scraper, outcome: Outcome) -> None:
