@@ -49,6 +49,12 @@ class Faults(Definition):
     crash_after_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Containers exit with an error so long after their start."""
 
+    @property
+    def last_s(self) -> float:
+        """When the last of them begins."""
+        begins = (shortage.start_s for shortage in self.shortages)
+        return max((*begins, *self.interruptions, *self.losses, *self.pod_deletions), default=0.0)
+
 
 NO_FAULTS: Final = Faults()
 
@@ -102,6 +108,15 @@ class Fleet(Definition):
     stages: Literal["g4dn", "g4dn-soci", "p5en", "p5en-soci", "brief"] = "g4dn"
     """How long a cold start takes where the machines are not real: a name in `cluster.durations`."""
     faults: Faults = NO_FAULTS
+
+    @model_validator(mode="after")
+    def _warm_replicas_can_be(self) -> Self:
+        if self.autoscaling is not None and self.warm > self.autoscaling.max_replicas:
+            raise ValueError(
+                f"warm must be at most max_replicas, got {self.warm} > {self.autoscaling.max_replicas}: the autoscaler "
+                "would take them away; raise max_replicas"
+            )
+        return self
 
     @property
     def deployed(self) -> int:

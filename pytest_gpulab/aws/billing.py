@@ -25,6 +25,7 @@ class Machine:
     """One NodeClaim's machine; times in Unix seconds, None for what has not happened.
 
     It is billed from `launched` to `gone`: provisioning up to `ready`, then serving or idle, then `draining` on.
+    It is `gone` when Karpenter has had EC2 terminate it, or its NodeClaim is not there any more.
     """
 
     name: str
@@ -129,6 +130,7 @@ def read_machine(claim: NodeClaim) -> Machine:
         launched=since("Launched"),
         ready=since("Initialized"),
         draining=_seconds(ended) if ended else None,
+        gone=since("InstanceTerminating"),
     )
 
 

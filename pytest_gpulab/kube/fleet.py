@@ -81,6 +81,7 @@ class FleetRun:
         self._pods: dict[str, Object] = {}
         self._served: set[str] = set()
         self._claims: dict[str, Object] = {}
+        self._given_back: set[str] = set()
         self._listening = False
         self._lock = threading.Lock()
         self._over = threading.Event()
@@ -119,7 +120,7 @@ class FleetRun:
         watch(kube, self._over, "v1", "Event", self._heard_event)
         self._listening = True
         watch(kube, self._over, "karpenter.sh/v1", "NodeClaim", self._heard_claim, labels=POOL_LABEL)
-        watch(kube, self._over, "v1", "Node", self._heard, labels=POOL_LABEL)
+        watch(kube, self._over, "v1", "Node", self._heard_node, labels=POOL_LABEL)
         watch(kube, self._over, "v1", "Pod", self._heard_pod, namespace=space, labels=selector)
         watch(kube, self._over, "apps/v1", "Deployment", self._heard, namespace=space, labels=selector)
 
@@ -203,12 +204,24 @@ class FleetRun:
     def _heard_claim(self, claim: Object, gone: bool) -> None:
         uid = claim["metadata"]["uid"]
         with self._lock:
-            if gone:
+            if gone or uid in self._given_back:
                 self._claims.pop(uid, None)
             else:
                 self._claims[uid] = claim
             self._observe(list(self._claims.values()), time.time())
         self._heard(claim, gone)
+
+    def _heard_node(self, node: Object, gone: bool) -> None:
+        """A node goes when its machine has: nobody pays for that any more, though its NodeClaim may stay a while."""
+        if gone:
+            name = node["metadata"]["name"]
+            with self._lock:
+                of_it = [uid for uid, claim in self._claims.items() if _node_name(claim) == name]
+                self._given_back.update(of_it)
+                for uid in of_it:
+                    del self._claims[uid]
+                self._observe(list(self._claims.values()), time.time())
+        self._heard(node, gone)
 
     def _heard_event(self, event: Object, gone: bool) -> None:
         if self._listening and not gone:  # what was said before the run is not about it
@@ -296,6 +309,10 @@ def _remove(pool: Pool, refs: Sequence[Ref]) -> None:
     remove(pool.kube, pool.run, refs, ended)
     if ended.problems:
         raise WaitFailed("; ".join(ended.problems))
+
+
+def _node_name(claim: Object) -> str:
+    return str((claim.get("status") or {}).get("nodeName") or "")
 
 
 def _of_the_cloud(faults: Faults) -> Faults:

@@ -197,7 +197,7 @@ async def _settle(scraper: Scraper, outcome: Outcome) -> None:
         async with asyncio.timeout(limit_s):
             while await scraper.read_all() and not outcome.interrupted:
                 behind = scraper.totals.get("request_success_total", math.inf) < outcome.counts["whole"]
-                if not behind and (outcome.failures or not scraper.in_flight):
+                if (not behind or scraper.cut_off) and (outcome.failures or not scraper.in_flight):
                     return
                 await asyncio.sleep(0.1)
 
@@ -223,7 +223,7 @@ def _totals(evidence: _Evidence) -> dict[str, float]:
 
 def _ended_servers(evidence: _Evidence) -> Iterator[tuple[float, str]]:
     """What cannot be reconciled, and is no fault of the evidence: servers that ended took their last counts along."""
-    if ended := evidence.scraper.ended:
+    if ended := evidence.scraper.cut_off:
         what = "1 server" if ended == 1 else f"{ended} servers"
         yield evidence.wall_s, f"{what} ended during the run: counts after the last page of each are not reconciled"
 
@@ -241,5 +241,5 @@ def _problems(workload: Workload, evidence: _Evidence) -> Iterator[str]:
     if scraper.lost > _MOST_LOST * evidence.wall_s:
         yield f"{scraper.lost} samples of the metrics were lost in {evidence.wall_s:.0f} s"
     if not (outcome.interrupted or scraper.restarts):
-        yield from server_problems(workload, outcome, scraper.totals, complete=not scraper.ended)
+        yield from server_problems(workload, outcome, scraper.totals, complete=not scraper.cut_off)
         yield from little_problems(scraper.table, outcome)

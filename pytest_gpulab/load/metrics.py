@@ -83,6 +83,8 @@ class _Server:
     increases: dict[str, float] = field(default_factory=dict)
     restarts: int = 0
     seen: bool = False
+    fresh: bool = True
+    """Whether it answered when it was last asked."""
     owed: bool = True
     """Whether its page must come: servers that are not ready yet, or about to end, need not show one."""
 
@@ -127,9 +129,11 @@ class Scraper:
         return sum(server.restarts for server in (*self._servers, *self._ended))
 
     @property
-    def ended(self) -> int:
-        """How many servers have shown metrics and are gone."""
-        return sum(server.seen for server in self._ended)
+    def cut_off(self) -> int:
+        """How many of the servers that come and go have shown metrics, but do not any more."""
+        if self._come_and_go is None:
+            return 0
+        return sum(server.seen for server in self._ended) + sum(s.seen and not s.fresh for s in self._servers)
 
     @property
     def urls(self) -> list[str]:
@@ -158,7 +162,7 @@ class Scraper:
     def in_flight(self) -> float:
         """Requests running or waiting at the last reading."""
         names = ("num_requests_running", "num_requests_waiting")
-        return sum(server.last.get(name, 0.0) for server in self._servers for name in names)
+        return sum(server.last.get(name, 0.0) for server in self._servers if server.fresh for name in names)
 
     @property
     def table(self) -> NDArray[Any]:
@@ -218,7 +222,10 @@ class Scraper:
 
     async def _pages(self, timeout_s: float) -> list[bytes | None]:
         self._look_around()
-        return list(await asyncio.gather(*(self._page(server.url, timeout_s) for server in self._servers)))
+        pages = list(await asyncio.gather(*(self._page(server.url, timeout_s) for server in self._servers)))
+        for server, page in zip(self._servers, pages, strict=True):
+            server.fresh = page is not None
+        return pages
 
     async def _page(self, url: str, timeout_s: float) -> bytes | None:
         try:
