@@ -12,6 +12,10 @@ Count = Annotated[int, Field(ge=1)]
 Moment = Annotated[float, Field(ge=0, allow_inf_nan=False, description="seconds after the run's start")]
 
 
+KILL_MARGIN_S: Final = 5
+"""Seconds from the end of vLLM's drain to SIGKILL."""
+
+
 class Shortage(Definition):
     """No capacity for what matches, from `start_s` to `end_s` seconds after the run's start.
 
@@ -92,7 +96,8 @@ class Fleet(Definition):
     """How a profile is deployed.
 
     `warm`: so many replicas are ready when the run starts; 0 starts from zero nodes, and the workload's first second
-    is the moment the deployment appears. `pre_stop_s`: how long a pod that is ending keeps serving what it has.
+    is the moment the deployment appears. `pre_stop_s`: how long a pod that is ending keeps serving before SIGTERM;
+    it is killed `grace_s` after that.
     """
 
     autoscaling: Autoscaling | None = Autoscaling()
@@ -113,8 +118,8 @@ class Fleet(Definition):
     def _warm_replicas_can_be(self) -> Self:
         if self.autoscaling is not None and self.warm > self.autoscaling.max_replicas:
             raise ValueError(
-                f"warm must be at most max_replicas, got {self.warm} > {self.autoscaling.max_replicas}: the autoscaler "
-                "would take them away; raise max_replicas"
+                f"warm must be at most max_replicas, got {self.warm} > {self.autoscaling.max_replicas}: the "
+                "autoscaler would take them away; raise max_replicas"
             )
         return self
 
@@ -122,6 +127,11 @@ class Fleet(Definition):
     def deployed(self) -> int:
         """Replicas of the Deployment before the autoscaler has decided anything."""
         return max(self.autoscaling.min_replicas if self.autoscaling else self.replicas, self.warm)
+
+    @property
+    def drain_s(self) -> int:
+        """How long after SIGTERM vLLM finishes what it has; then it still has time to end before it is killed."""
+        return max(0, self.grace_s - KILL_MARGIN_S)
 
     @property
     def most_replicas(self) -> int:
