@@ -26,14 +26,16 @@ class Kind(NamedTuple):
     """The most repeats a gate may pull: a look of the rule."""
     has_campaigns: bool = False
     """Whether runs take real time, so that a session spends no more of it than it was given."""
+    has_fleets: bool = False
+    """Whether it deploys fleets; one server is none."""
 
 
 _KINDS = {
-    "cluster": Kind("ClusterTarget", "emulated", MEASURED_REPEATS, has_campaigns=True),
-    "eks": Kind("EksTarget", "measured", MEASURED_REPEATS, has_campaigns=True),
+    "cluster": Kind("ClusterTarget", "emulated", MEASURED_REPEATS, has_campaigns=True, has_fleets=True),
+    "eks": Kind("EksTarget", "measured", MEASURED_REPEATS, has_campaigns=True, has_fleets=True),
     "endpoint": Kind("EndpointTarget", "measured", MEASURED_REPEATS, has_campaigns=True),
-    "plan": Kind("Plan", "simulated", MEASURED_REPEATS, has_campaigns=True),
-    "sim": Kind("Sim", "simulated", 24),
+    "plan": Kind("Plan", "simulated", MEASURED_REPEATS, has_campaigns=True, has_fleets=True),
+    "sim": Kind("Sim", "simulated", 24, has_fleets=True),
     "vllm": Kind("VllmTarget", "measured", MEASURED_REPEATS, has_campaigns=True),
 }
 

@@ -40,6 +40,7 @@ def test_study_runs_over_http_and_the_cluster_is_gone(project: Project, monkeypa
     served, fleet = sorted(record["evidence"], key=lambda item: item["nodeid"], reverse=True)
     assert (served["verdict"], served["basis"]) == ("supported", "emulated")
     assert fleet["verdict"] == "blocked"
+    assert "must share one clock, but cluster_speed is 100" in fleet["reason"]
     assert list((tmp_path / "gpulab" / "runs").iterdir()) == []
 
     (run,) = served["runs"]
