@@ -6,7 +6,8 @@ A stream that breaks off is begun again with a list, so nothing is missed but wh
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -56,11 +57,18 @@ class _Watch:
 
     def keep_on(self, version: str) -> None:
         while not self.over.is_set():
-            try:
+            with self._trying():
                 self._follow(version)
+            with self._trying():
                 version = self.take_stock()
-            except (KubeError, ApiException, HTTPError, OSError, ValueError):
-                self.over.wait(_PAUSE_S)
+
+    @contextmanager
+    def _trying(self) -> Iterator[None]:
+        """What breaks off is tried again after a pause."""
+        try:
+            yield
+        except (KubeError, ApiException, HTTPError, OSError, ValueError):
+            self.over.wait(_PAUSE_S)
 
     def take_stock(self) -> str:
         """Hear what differs from what is known; the version of the list."""
