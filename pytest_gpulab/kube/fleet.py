@@ -149,7 +149,8 @@ class FleetRun:
 
     def _act(self, start: float) -> None:
         try:
-            self._sleep_until(start)
+            if not self._sleep_until(start):
+                return
             if self._orders is not None:
                 apply(self._pool.kube, self._pool.ledger, [self._orders(_of_the_cloud(self._fleet.faults))])
             if not self._fleet.warm:

@@ -24,6 +24,8 @@ from pytest_gpulab.targets.loading import Loading
 if TYPE_CHECKING:
     from pytest_gpulab.options import EksOptions, Options
 
+_NO_MACHINES = ("g4dn-soci", "p5en-soci", "brief")
+"""Stages that ask for another cold start than the machine has."""
 _ACCOUNT = re.compile(r"\d{12}")
 
 
@@ -100,18 +102,21 @@ class EksTarget:
 
 
 def _refusal(profile: Profile) -> str:
-    """Why the target cannot do what the profile's fleet asks for; empty when it can.
-
-    Machines of EKS Auto Mode are managed instances: EKS alone gives them orders.
-    """
+    """Why the target cannot do what the profile's fleet asks for; empty when it can."""
     if profile.fleet is None:
         return ""
+    if profile.fleet.stages in _NO_MACHINES:
+        return (
+            f"stages={profile.fleet.stages} cannot be had on EKS, where a cold start takes as long as it takes: ask "
+            "sim or cluster"
+        )
     asked = profile.fleet.faults.model_dump(exclude_defaults=True, exclude={"pod_deletions"})
     if not asked:
         return ""
     return (
-        f"{', '.join(asked)} cannot be made to happen on EKS: its machines take orders from EKS alone, and its "
-        "capacity is what it is. Ask sim or cluster; of the faults, eks knows pod_deletions"
+        f"{', '.join(asked)} cannot be made to happen on EKS: capacity is what it is, AWS restricts what others may "
+        "do to machines of Auto Mode, and the lab asks for no right to harm them. Ask sim or cluster; of the faults, "
+        "eks knows pod_deletions"
     )
 
 

@@ -155,6 +155,14 @@ def test_what_cannot_be_made_to_happen_on_eks_is_refused(faults: Faults, names: 
     assert target.server(deleted) == target.server(T4) != ""
 
 
+def test_a_cold_start_on_eks_is_what_it_is(tmp_path: Path):
+    target = EksTarget(Serving(nothing_deployed, nothing_deployed), "us-west-2", tmp_path, print)
+    lazy = T4.on(Fleet(stages="g4dn-soci"))
+    assert target.server(lazy) == ""
+    with pytest.raises(TargetRefused, match="stages=g4dn-soci cannot be had on EKS"):
+        target.run(FEW, lazy, 0)
+
+
 def test_a_fleet_has_as_many_machines_as_plan_and_budget_are_for():
     two = made(machines=2)
     assert two.fleet_refusal(Fleet(autoscaling=None, replicas=2)) == ""
