@@ -35,7 +35,7 @@ from pytest_gpulab.timeline import Entry, Timeline, is_ready
 CUSTOM_METRICS: Final = "custom.metrics.k8s.io/v1beta1"
 CUSTOM_METRICS_S: Final = 900.0
 """Cluster seconds until the adapter answers: its own machine, image and start."""
-LATE_S: Final = 1.0
+LATE_S: Final = 2.0
 """A deployment that appears so long after the run's start has not started with it."""
 _HEARD_S: Final = 10.0
 """Until the watches have heard of the last machine's end."""
@@ -155,9 +155,9 @@ class FleetRun:
                 apply(self._pool.kube, self._pool.ledger, [self._orders(_of_the_cloud(self._fleet.faults))])
             if not self._fleet.warm:
                 self._deploy()
-                self._scale()
                 if (late := time.time() - start) > LATE_S:
                     self._problem(f"the deployment appeared {late:.1f} s after the run's start")
+                self._scale()
             for moment in sorted(self._fleet.faults.pod_deletions):
                 if not self._sleep_until(start + moment):
                     return
@@ -288,10 +288,12 @@ def deployed(
         raise
     finally:
         run.end()
-        if not interrupted:
-            _withdraw(pool, serving, orders, run)
-            apply(kube, ledger, restored)
-        run.stop_watching()
+        try:
+            if not interrupted:
+                _withdraw(pool, serving, orders, run)
+                apply(kube, ledger, restored)
+        finally:
+            run.stop_watching()
 
 
 def _withdraw(pool: Pool, serving: Sequence[Object], orders: Orders | None, run: FleetRun) -> None:

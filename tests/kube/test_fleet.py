@@ -174,9 +174,19 @@ def test_a_killed_fleets_run_is_reaped(tmp_path: Path) -> None:
     assert project.left() == []
 
 
-def test_a_fleet_needs_one_clock(tmp_path: Path) -> None:
-    project = Project(tmp_path / "p", STAYS)
-    status, output = project.run("-rs")
+@pytest.mark.parametrize(
+    ("conftest", "options", "reason"),
+    [
+        (CONFTEST, [], "must share one clock, but cluster_speed is 300"),
+        (REAL_TIME, ["-n", "1"], "a fleet needs the session's GPU pool for itself: run without -n"),
+    ],
+    ids=["clocks", "xdist"],
+)
+def test_where_a_fleet_cannot_run_it_is_blocked(
+    tmp_path: Path, conftest: str, options: list[str], reason: str
+) -> None:
+    project = Project(tmp_path / "p", STAYS, conftest)
+    status, output = project.run("-rs", *options)
     assert status == 0 and "1 skipped" in output, output
-    assert "must share one clock, but cluster_speed is 300" in " ".join(output.split())
+    assert reason in " ".join(output.split())
     assert not project.state.exists()
