@@ -25,6 +25,8 @@ T = TypeVar("T")
 FIELD_MANAGER: Final = "gpulab"
 RETRY_S: Final = 30.0
 """How long a call that fails for no fault of its own is repeated."""
+CONNECTIONS: Final = 32
+"""Kept open at once: a fleet's run has five watches, and those of the run before end seconds later."""
 _FIRST_PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 2.0
 _TIMEOUT_S: Final = (5.0, 30.0)
@@ -243,6 +245,7 @@ def connect(kubeconfig: Path, folder: Path, *, speed: float = 1.0, retry_s: floa
         load_kube_config(config_file=str(kubeconfig), client_configuration=configuration)
     except Exception as wrong:  # ConfigException, and whatever its parsers raise on a half-written file
         raise KubeError(f"{kubeconfig} must be a kubeconfig: {wrong}") from wrong
+    configuration.connection_pool_maxsize = CONNECTIONS
     configuration.retries = 0  # Kube repeats by itself; not False, with which this client chokes on TLS errors
     return Kube(ApiClient(configuration), folder, speed=speed, retry_s=retry_s)
 

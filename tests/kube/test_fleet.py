@@ -73,9 +73,7 @@ def test_from_zero_it_is_the_simulations_story_twice(pool: Pool) -> None:
         assert (first.nodes, first.nodeclaims) == (last.nodes, last.nodeclaims) == (0, 0)
         assert story(run) == story(simulated)
         measured, expected = cold_start(run.timeline), cold_start(simulated.timeline)
-        assert (
-            sorted(measured, key=measured.__getitem__) == sorted(expected, key=expected.__getitem__) == list(STAGES)
-        )
+        assert sorted(measured, key=measured.__getitem__) == list(STAGES)
         assert measured == pytest.approx(expected, abs=2.0)
         assert delivery_ratio(run) == pytest.approx(delivery_ratio(simulated), abs=0.1)
         assert failures(run).keys() == {"http_503"}
