@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 SERVER_START_S = 95.0
 """From one server's stop to the next one's first answer: an 8B model on an H200, vLLM 0.25.1."""
 
+FLEET_START_S = 432.0
+"""From zero nodes to warm replicas: the middle of what `cluster.durations` has of g4dn.xlarge."""
+
+FLEET_END_S = 60.0
+"""From the last answer to zero nodes: drain and termination there."""
+
 _SECONDS_PER_REQUEST = 5.0
 """Of a closed loop, whose length nobody knows before: one user's wait for one answer."""
 
@@ -99,10 +105,16 @@ def _questions(record: Record) -> list[Question]:
 
 
 def estimate_s(arms: Iterable[Measurement | Question]) -> float:
-    """Seconds for a run of each of `arms` in this order: arrivals, and a server start for every change of profile."""
+    """Seconds for a run of each of `arms` in this order: arrivals, and a server start for every change of profile.
+
+    A fleet is deployed anew for every run.
+    """
     listed = list(arms)
-    starts = sum(1 for _ in groupby(listed, key=lambda arm: arm.profile))
-    return sum(arrivals_s(arm.workload) for arm in listed) + starts * SERVER_START_S
+    changes = (profile for profile, _ in groupby(listed, key=lambda arm: arm.profile))
+    starts = sum(profile.fleet is None for profile in changes)
+    fleets = (arm.profile.fleet for arm in listed if arm.profile.fleet is not None)
+    deployments_s = sum(FLEET_END_S + (FLEET_START_S if fleet.warm else 0.0) for fleet in fleets)
+    return sum(arrivals_s(arm.workload) for arm in listed) + starts * SERVER_START_S + deployments_s
 
 
 def arrivals_s(workload: Workload) -> float:

@@ -230,6 +230,13 @@ class Workload(Definition):
         return self
 
     @property
+    def length_s(self) -> float | None:
+        """How long it lasts; None where answers or chance decide that."""
+        if isinstance(self.arrivals, Trace):
+            return self.arrivals.rows[-1][0]
+        return self.duration_s
+
+    @property
     def longest_tokens(self) -> int:
         """The most tokens (prompt and output) that one request can have."""
         if isinstance(self.arrivals, Trace):
@@ -318,8 +325,22 @@ class Profile(Definition):
         return self.model_copy(update={"fleet": fleet})
 
 
+def _require_faults_within(workload: Workload, fleet: Fleet | None) -> None:
+    length_s = workload.length_s
+    if fleet is not None and length_s is not None and fleet.faults.last_s > length_s:
+        raise ValueError(
+            f"a fleet's faults must happen while the workload lasts, which is {length_s:g} s, got one at "
+            f"{fleet.faults.last_s:g} s: nobody would notice; let it happen sooner or the workload last longer"
+        )
+
+
 def require_servable(workload: Workload, profile: Profile) -> None:
-    """ValueError when the workload has a request longer than the profile's ``max_model_len``."""
+    """ValueError when the two do not go together.
+
+    That is when the workload has a request longer than the profile's ``max_model_len``, or is over before something
+    goes wrong that the fleet is to suffer.
+    """
+    _require_faults_within(workload, profile.fleet)
     if workload.longest_tokens > profile.max_model_len:
         raise ValueError(
             f"every request must fit max_model_len: the workload has one of {workload.longest_tokens} tokens "

@@ -12,6 +12,10 @@ Count = Annotated[int, Field(ge=1)]
 Moment = Annotated[float, Field(ge=0, allow_inf_nan=False, description="seconds after the run's start")]
 
 
+KILL_MARGIN_S: Final = 5
+"""Seconds from the end of vLLM's drain to SIGKILL."""
+
+
 class Shortage(Definition):
     """No capacity for what matches, from `start_s` to `end_s` seconds after the run's start.
 
@@ -48,6 +52,12 @@ class Faults(Definition):
     """Images that no registry has."""
     crash_after_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Containers exit with an error so long after their start."""
+
+    @property
+    def last_s(self) -> float:
+        """When the last of them begins."""
+        begins = (shortage.start_s for shortage in self.shortages)
+        return max((*begins, *self.interruptions, *self.losses, *self.pod_deletions), default=0.0)
 
 
 NO_FAULTS: Final = Faults()
@@ -86,7 +96,8 @@ class Fleet(Definition):
     """How a profile is deployed.
 
     `warm`: so many replicas are ready when the run starts; 0 starts from zero nodes, and the workload's first second
-    is the moment the deployment appears. `pre_stop_s`: how long a pod that is ending keeps serving what it has.
+    is the moment the deployment appears. `pre_stop_s`: how long a pod that is ending keeps serving before SIGTERM;
+    it is killed `grace_s` after that.
     """
 
     autoscaling: Autoscaling | None = Autoscaling()
@@ -99,14 +110,33 @@ class Fleet(Definition):
     pre_stop_s: Annotated[int, Field(ge=0)] = 0
     grace_s: Annotated[int, Field(ge=0)] = 30
     readiness_period_s: Count = 5
-    stages: Literal["g4dn", "g4dn-soci", "p5en", "p5en-soci"] = "g4dn"
-    """How long a cold start takes: a name in `cluster.durations`."""
+    stages: Literal["g4dn", "g4dn-soci", "p5en", "p5en-soci", "brief"] = "g4dn"
+    """How long a cold start takes where the machines are not real: a name in `cluster.durations`."""
     faults: Faults = NO_FAULTS
+
+    @model_validator(mode="after")
+    def _warm_replicas_can_be(self) -> Self:
+        if self.autoscaling is not None and self.warm > self.autoscaling.max_replicas:
+            raise ValueError(
+                f"warm must be at most max_replicas, got {self.warm} > {self.autoscaling.max_replicas}: the "
+                "autoscaler would take them away; raise max_replicas"
+            )
+        return self
 
     @property
     def deployed(self) -> int:
         """Replicas of the Deployment before the autoscaler has decided anything."""
         return max(self.autoscaling.min_replicas if self.autoscaling else self.replicas, self.warm)
+
+    @property
+    def drain_s(self) -> int:
+        """How long after SIGTERM vLLM finishes what it has; then it still has time to end before it is killed."""
+        return max(0, self.grace_s - KILL_MARGIN_S)
+
+    @property
+    def most_replicas(self) -> int:
+        """As many as there can ever be at once."""
+        return self.autoscaling.max_replicas if self.autoscaling else self.deployed
 
 
 FROM_ZERO: Final = Fleet()

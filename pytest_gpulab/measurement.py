@@ -183,15 +183,18 @@ class Measurement:
     @property
     def peak_replicas(self) -> Estimate:
         """The most replicas that were Ready together."""
+        self._require_fleet("peak_replicas")
         return self.figure("peak replicas", "replicas", figures.peak_replicas, timed=False)
 
     @property
     def downtime(self) -> Estimate:
         """Seconds of the run in which no replica was Ready."""
+        self._require_fleet("downtime")
         return self.figure("time without a replica", "s", figures.seconds_without_replica, timed=False)
 
     def replicas_ready(self, replicas: int) -> Estimate:
         """Seconds after the run's start at which so many replicas were first Ready together; inf: never."""
+        self._require_fleet("replicas_ready")
         if replicas < 1:
             raise ValueError(f"replicas_ready must be asked for 1 replica or more, got {replicas}")
         label = "first replica ready" if replicas == 1 else f"{replicas} replicas ready"
@@ -199,9 +202,17 @@ class Measurement:
 
     def reached(self, stage: Stage) -> Estimate:
         """Seconds after the run's start at which its first cold start had reached `stage`; inf: never."""
+        self._require_fleet("reached")
         if stage not in STAGES:
             raise ValueError(unknown_name("stage of a cold start", stage, STAGES))
         return self.figure(f"{stage} reached", "s", lambda run: figures.reached(run, stage), timed=False)
+
+    def _require_fleet(self, figure: str) -> None:
+        if self.profile.fleet is None:
+            raise ValueError(
+                f"{figure} is a figure of a fleet, but the profile has none: its one server is there all the time; "
+                "write profile.on(Fleet(...))"
+            )
 
     def _gauge(self, gauge: str, label: str, unit: str) -> Estimate:
         return self.figure(label, unit, lambda run: figures.highest(run, gauge), timed=False)

@@ -52,6 +52,7 @@ _OPTIONS = {
     "client-cidrs": _Option("", "CIDRS", "addresses that may reach what eks makes, such as 203.0.113.7/32"),
     "cluster": _Option("", "NAME", "an EKS cluster to use and leave, for eks (default: make one and remove it)"),
     "hours": _Option("4", "H", "the longest that eks may run"),
+    "machines": _Option("1", "N", "the most GPU machines that eks may run at once, for fleets"),
     "region": _Option("us-west-2", "NAME", "AWS region of eks"),
 }
 
@@ -66,6 +67,7 @@ class EksOptions:
     client_cidrs: str
     cluster: str
     hours: str
+    machines: str
     region: str
 
 
@@ -166,6 +168,7 @@ def resolve_options(config: pytest.Config) -> Options:
             client_cidrs=_text(config, "client-cidrs"),
             cluster=_text(config, "cluster"),
             hours=_text(config, "hours"),
+            machines=_text(config, "machines"),
             region=_text(config, "region"),
         ),
         explicit=any(_given(config, name) for name in _OPTIONS),

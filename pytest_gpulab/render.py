@@ -277,7 +277,8 @@ def _named(obj: Object, name: str) -> Object:
 def _fill_deployment(deployment: Object, profile: Profile, fleet: Fleet | None) -> None:
     pod = deployment["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    container["args"] = to_argv(profile)
+    drain_s = fleet.drain_s if fleet else _said(container["args"], "--shutdown-timeout")
+    container["args"] = [*to_argv(profile), "--shutdown-timeout", str(drain_s)]
     for variable in container["env"]:
         if variable["name"] == "VLLM_API_KEY":
             variable["valueFrom"]["secretKeyRef"]["name"] = deployment["metadata"]["name"]
@@ -311,6 +312,11 @@ def _fill_job(job: Object, name: str, service: str, pods: int, memory_bytes: flo
     container["resources"]["requests"]["memory"] = container["resources"]["limits"]["memory"] = memory
     (mounted,) = (volume for volume in pod["volumes"] if "configMap" in volume)
     mounted["configMap"]["name"] = name
+
+
+def _said(args: Sequence[str], flag: str) -> str:
+    """The value of a flag."""
+    return args[list(args).index(flag) + 1]
 
 
 def _secret(name: str, api_key: str) -> Object:

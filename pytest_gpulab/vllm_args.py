@@ -15,7 +15,10 @@ from pytest_gpulab.errors import in_one_line
 from pytest_gpulab.experiment import EngineArgs, Profile
 from pytest_gpulab.models import MODELS, find_model
 
-_IGNORED = ("--host", "--port", "--load-format", "--tokenizer", "--api-key", "--served-model-name")
+_IGNORED = (
+    *("--host", "--port", "--load-format", "--tokenizer", "--api-key", "--served-model-name"),
+    "--shutdown-timeout",
+)
 """Flags with a value that change nothing about speed or scheduling."""
 
 

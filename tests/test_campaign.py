@@ -9,6 +9,7 @@ import pytest
 
 from pytest_gpulab.campaign import arrivals_s, estimate_s, forecast, time_text
 from pytest_gpulab.experiment import ClosedLoop, Constant, Profile, Shape, Workload
+from pytest_gpulab.fleet import Fleet
 from pytest_gpulab.run_store import Question, RunStore
 from tests.known import known_run
 
@@ -58,6 +59,12 @@ def test_every_change_of_profile_starts_a_server() -> None:
     one, other = Question(TRAFFIC, SERVED, 0), Question(TRAFFIC, SERVED.with_engine_args(max_num_seqs=1), 0)
     assert estimate_s([one, one, other, one]) == 4 * 20 + 3 * 95
     assert estimate_s([]) == 0
+
+
+def test_every_run_of_a_fleet_deploys_it() -> None:
+    cold, warm = (Question(TRAFFIC, SERVED.on(Fleet(warm=warm)), 0) for warm in (0, 1))
+    assert estimate_s([cold, cold]) == 2 * (20 + 60)
+    assert estimate_s([warm, warm]) == 2 * (432 + 20 + 60)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(45.2, "45 s"), (3000, "50 min"), (12_000, "3 h 20 min")])

@@ -134,3 +134,52 @@ def test_a_late_answer_does_not_free_a_place_twice():
     assert client.act(2.9) == []
     assert client.act(3.2) == []
     assert client.deadline(2) == pytest.approx(4.5)
+
+
+QUEUE = BoundedQueue(capacity=3, max_wait_s=5.0, max_outstanding=2)
+
+
+def test_a_queue_is_held_while_no_server_is_there():
+    """Refused requests go back to their places; the fourth to wait finds the queue full, and each waits its time."""
+    client = Client(poisson(1.0, admission=QUEUE), [0.0, 1.0, 2.0, 3.0, 9.0])
+    assert client.act(1.5) == [0, 1]
+    client.refused(1, 1.6)
+    client.refused(0, 1.7)
+    assert client.holds and np.isnan(client.sent[:2]).all()
+    assert client.act(4.5) == []  # 0, 1 and 2 wait, 3 finds no place
+    assert client.next_at == 5.0, "the first has waited long enough then"
+    assert client.act(6.5) == []  # 0 and 1 are given up
+    assert client.resume(6.6) == [2]
+    assert client.sent[2] == 6.6
+    assert client.act(9.0) == [4]
+    assert np.isnan([client.sent[0], client.sent[1], client.sent[3]]).all()
+
+
+def test_a_queue_that_runs_over_loses_the_youngest():
+    client = Client(poisson(1.0, admission=QUEUE), [0.0, 0.1, 0.2, 0.3, 0.4])
+    assert client.act(1.0) == [0, 1]  # 2, 3 and 4 wait
+    client.refused(0, 1.1)
+    client.refused(1, 1.2)
+    assert client.resume(1.3) == [0, 1]
+    client.answered(0, 2.0)
+    assert client.act(2.0) == [2]
+    client.answered(1, 2.1)
+    client.answered(2, 2.1)
+    assert client.act(2.2) == []
+
+
+def test_a_direct_client_loses_what_no_server_takes():
+    client = Client(poisson(1.0, admission=Direct(max_outstanding=1)), [0.0, 1.0])
+    assert client.act(0.5) == [0]
+    client.refused(0, 0.6)
+    assert not client.holds and client.act(1.0) == [1]
+    assert client.sent == [0.0, 1.0]
+
+
+def test_the_deadline_of_a_refused_request_is_no_deadline():
+    client = Client(poisson(1.0, admission=QUEUE, timeout_s=2.0), [0.0])
+    assert client.act(0.0) == [0]
+    client.refused(0, 0.1)
+    assert client.resume(1.5) == [0]
+    assert client.act(3.0) == [] and client.given_up == []
+    assert client.act(3.5) == [] and client.given_up == [0]

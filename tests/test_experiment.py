@@ -7,9 +7,30 @@ from pydantic import ValidationError
 
 from pytest_gpulab import ClosedLoop, Constant, EngineArgs, Lengths, Mix, Poisson, Profile, Shape, Workload
 from pytest_gpulab.experiment import require_servable
+from pytest_gpulab.fleet import Faults, Fleet, Shortage
 
 SHAPE = Shape(prompt_tokens=512, output_tokens=128)
 T4 = Profile(model="qwen2.5-0.5b", accelerator="t4", engine_args={"max_model_len": 9216})
+
+
+FAULTS = [
+    Faults(losses=(61.0,)),
+    Faults(interruptions=(5.0, 61.0)),
+    Faults(pod_deletions=(61.0,)),
+    Faults(shortages=(Shortage(start_s=61.0),)),
+]
+
+
+@pytest.mark.parametrize("faults", FAULTS, ids=lambda faults: next(iter(faults.model_fields_set)))
+def test_faults_after_the_end_are_refused(faults: Faults) -> None:
+    minute = Workload(arrivals=Constant(rate=1), shape=SHAPE, duration_s=60)
+    harmed = T4.on(Fleet(faults=faults))
+    with pytest.raises(ValueError, match=r"must happen while the workload lasts, which is 60 s, got one at 61 s"):
+        require_servable(minute, harmed)
+    with pytest.raises(ValueError, match="which is 12 s, got one at 61 s"):
+        require_servable(Workload.from_trace([(0.0, 5, 5), (12.0, 5, 5)]), harmed)
+    require_servable(minute.model_copy(update={"duration_s": 62.0}), harmed)
+    require_servable(Workload(arrivals=Constant(rate=1), shape=SHAPE, requests=5), harmed)  # chance decides
 
 
 @pytest.mark.parametrize("rate", [0, -1, float("nan"), float("inf")])

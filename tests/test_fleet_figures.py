@@ -89,6 +89,7 @@ def test_a_fleet_is_data_that_survives_json():
             "min_replicas must be at most max_replicas, got 5 > 4",
         ),
         ({"warm": -1}, "greater than or equal to 0"),
+        ({"warm": 5}, "warm must be at most max_replicas, got 5 > 4: the autoscaler would take them away"),
         ({"capacity": ()}, "at least 1 item"),
         ({"replica": 2}, "replicas"),
         ({"faults": {"losses": (-1.0,)}}, "greater than or equal to 0"),
@@ -97,6 +98,23 @@ def test_a_fleet_is_data_that_survives_json():
 def test_what_cannot_be_deployed_is_refused(wrong, says):
     with pytest.raises(ValidationError, match=says):
         Fleet.model_validate(wrong)
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        lambda arm: arm.downtime,
+        lambda arm: arm.peak_replicas,
+        lambda arm: arm.replicas_ready(2),
+        lambda arm: arm.reached("node"),
+    ],
+    ids=["downtime", "peak_replicas", "replicas_ready", "reached"],
+)
+def test_figures_of_a_fleet_are_not_asked_of_one_server(figure):
+    lab = Lab(Sim())
+    with pytest.raises(ValueError, match=r"is a figure of a fleet.*write profile\.on\(Fleet"):
+        figure(lab.measure(WORKLOAD, PROFILE))
+    assert figure(lab.measure(WORKLOAD, PROFILE.on(Fleet()))) is not None
 
 
 def test_cold_starts_differ_where_arrivals_do_not():

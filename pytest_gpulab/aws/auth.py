@@ -83,7 +83,7 @@ def connect(
     """
     from kubernetes.client import ApiClient, Configuration
 
-    from pytest_gpulab.kube.client import RETRY_S, Kube
+    from pytest_gpulab.kube.client import CONNECTIONS, RETRY_S, Kube
 
     tokens = Tokens(clients, cluster["name"], now)
 
@@ -95,6 +95,7 @@ def connect(
     configuration = Configuration()
     configuration.host = cluster["endpoint"]
     configuration.ssl_ca_cert = str(authority)
+    configuration.connection_pool_maxsize = CONNECTIONS
     configuration.retries = 0  # Kube repeats by itself
     renew(configuration)  # the client asks the hook only where it finds a key already
     configuration.refresh_api_key_hook = renew

@@ -25,6 +25,7 @@ class Machine:
     """One NodeClaim's machine; times in Unix seconds, None for what has not happened.
 
     It is billed from `launched` to `gone`: provisioning up to `ready`, then serving or idle, then `draining` on.
+    It is `gone` when Karpenter has had EC2 terminate it, or its NodeClaim is not there any more.
     """
 
     name: str
@@ -67,7 +68,7 @@ class Meter:
 
     def __init__(self, *, fixed_usd_per_hour: float, price_of: PriceOf, budget_usd: float, started: float) -> None:
         self._fixed = fixed_usd_per_hour
-        self._price_of = price_of
+        self.price_of = price_of
         self._started = started
         self.budget_usd = budget_usd
         self.machines: dict[str, Machine] = {}
@@ -108,7 +109,7 @@ class Meter:
             )
 
     def _rate(self, machine: Machine) -> float:
-        return self._price_of(machine.instance_type, machine.capacity_type)
+        return self.price_of(machine.instance_type, machine.capacity_type)
 
 
 def read_machine(claim: NodeClaim) -> Machine:
@@ -129,6 +130,7 @@ def read_machine(claim: NodeClaim) -> Machine:
         launched=since("Launched"),
         ready=since("Initialized"),
         draining=_seconds(ended) if ended else None,
+        gone=since("InstanceTerminating"),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -70,6 +71,19 @@ class Lease:
             self._refusals[instance_type] = self._ask(instance_type)
         return self._refusals[instance_type]
 
+    def fleet_refusal(self, fleet: Fleet) -> str:
+        """Why the session cannot have the fleet, which may ask for one GPU a replica; empty if it can."""
+        bought = self._supply.need.nodes
+        most = math.ceil(min(fleet.most_replicas, fleet.max_gpus) / self.gpus_of_one)
+        if most > bought:
+            return (
+                f"the fleet may ask for {most} machines at once, but plan, quota and budget of this session are for "
+                f"{bought}: give --gpulab-machines {most}"
+            )
+        if not set(fleet.capacity) & set(self._supply.prices):
+            return f"the fleet is on {' or '.join(fleet.capacity)}: {'; '.join(self._supply.closed)}"
+        return ""
+
     def start(self, run: Ledger) -> Kube:
         """Bring the cluster up for `run`, and guard it from now on.
 
@@ -99,6 +113,23 @@ class Lease:
         )
         if not self.plan.request.adopt:
             yield from render.owned_cluster_objects(run=run)
+
+    def capacity(self, fleet: Fleet | None, run: str) -> list[Object]:
+        """The NodeClass and the NodePools that a fleet asks for; None: those of `pool_objects`."""
+        assert self._machines is not None, "the cluster must be up"
+        fleet = fleet or Fleet(capacity=tuple(self._supply.prices))
+        within = fleet.model_copy(update={"max_gpus": min(fleet.max_gpus, self._supply.gpus)})
+        return render.gpu_capacity(within, [self._supply.need.instance_type], run=run, machines=self._machines)
+
+    @property
+    def gpus_of_one(self) -> int:
+        """GPUs of one machine."""
+        return max(1, self._supply.gpus // self._supply.need.nodes)
+
+    def price_of(self, instance_type: str, capacity_type: str) -> float:
+        """USD an hour of a machine, Auto Mode's fee included, as the budget is counted."""
+        assert self._guard is not None, "the cluster must be up"
+        return self._guard.meter.price_of(instance_type, capacity_type)
 
     def bill(self, since: float, until: float) -> Bill:
         """What the GPU machines have cost between two moments (Unix seconds), served or not."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from pytest_gpulab.cluster.clock import Clock
+from pytest_gpulab.cluster.clock import Clock, Timer
 from pytest_gpulab.cluster.quantity import Amounts
 from pytest_gpulab.fleet import NO_FAULTS, Faults, Shortage
 
@@ -179,18 +179,19 @@ class Cloud:
     instances: dict[str, Instance] = field(default_factory=dict)
     on_notice: list[Notice] = field(default_factory=list)
     on_end: list[Notice] = field(default_factory=list)
+    _due: list[Timer] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.suffer(self.faults)
 
     def suffer(self, faults: Faults) -> None:
-        """From now on these faults happen; their times count from now."""
+        """From now on these faults happen, and no others; their times count from now."""
+        for timer in self._due:
+            timer.cancel()
         self.faults = faults
         self._start = self.clock.now()
-        for at in faults.interruptions:
-            self.clock.call_at(self._start + at, self._interrupt_oldest)
-        for at in faults.losses:
-            self.clock.call_at(self._start + at, self._lose_oldest)
+        self._due = [self.clock.call_at(self._start + at, self._interrupt_oldest) for at in faults.interruptions]
+        self._due += [self.clock.call_at(self._start + at, self._lose_oldest) for at in faults.losses]
 
     def launch(self, wanted: Iterable[Offering]) -> Instance:
         """An instance of the first offering that has capacity. InsufficientCapacity when none has."""
@@ -239,13 +240,13 @@ class Cloud:
 
     def _interrupt_oldest(self) -> None:
         for instance in self.instances.values():
-            if instance.stopped is None and instance.offering.capacity_type == "spot":
+            if _is_running_gpu(instance) and instance.offering.capacity_type == "spot":
                 self.interrupt(instance)
                 return
 
     def _lose_oldest(self) -> None:
         for instance in self.instances.values():
-            if instance.stopped is None:
+            if _is_running_gpu(instance):
                 self.lose(instance)
                 return
 
@@ -258,3 +259,8 @@ class Cloud:
         """The bill for the instances so far."""
         now = self.clock.now()
         return sum(i.billed_s(now) / 3600 * i.offering.price for i in self.instances.values())
+
+
+def _is_running_gpu(instance: Instance) -> bool:
+    """Faults are those of a fleet: what else a cluster runs on stays."""
+    return instance.stopped is None and instance.offering.type.gpus > 0

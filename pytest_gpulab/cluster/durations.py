@@ -93,11 +93,13 @@ published of the node and the image there: those stages are g4dn's."""
 _LAZY_PULL: Final = Span(38.0, 41.0)
 """Of a lazily loaded image (SOCI): 39.6 s for 9.35 GB (published figure)."""
 
+# "brief" is like no machine: g4dn's proportions in 9 s, to try a study in real time.
 PROFILES: Mapping[str, Stages] = {
     "g4dn": G4DN,
     "g4dn-soci": G4DN.replace(image_pull=_LAZY_PULL),
     "p5en": P5EN,
     "p5en-soci": P5EN.replace(image_pull=_LAZY_PULL),
+    "brief": Stages.fast(1 / 50),
 }
 
 

@@ -93,8 +93,12 @@ class _Simulation:
         )
         self._up: dict[str, Replica] = {}
         self._gone: list[Replica] = []
-        self._cluster.kubelets.hooks.healthy.append(self._server_up)
-        self._cluster.kubelets.hooks.stopped.append(self._server_gone)
+        self._drained_by: dict[str, float] = {}
+        hooks = self._cluster.kubelets.hooks
+        hooks.healthy.append(self._server_up)
+        hooks.terminated.append(self._server_told_to_end)
+        hooks.stopped.append(self._server_gone)
+        hooks.drains = self._drains
 
     # what the cluster asks
 
@@ -113,6 +117,17 @@ class _Simulation:
         replica = Replica(self._plan, self._ledger, self._now(), report=self._limited)
         self._up[uid_of(pod)] = replica
         self._edge.live.append(replica)
+
+    def _server_told_to_end(self, pod: Object) -> None:
+        self._drained_by[uid_of(pod)] = self._now() + self._fleet.drain_s
+
+    def _drains(self, pod: Object) -> bool:
+        """Whether its server still finishes what it has, as vLLM does for its ``--shutdown-timeout``."""
+        replica = self._up.get(uid_of(pod))
+        if replica is None or self._now() >= self._drained_by[uid_of(pod)]:
+            return False
+        replica.advance(self._now())
+        return replica.busy
 
     def _server_gone(self, pod: Object) -> None:
         replica = self._up.pop(uid_of(pod), None)

@@ -254,7 +254,7 @@ class Kubelets:
         passed = probe_passes(startup, now, healthy) if startup else now
         ready = probe_passes(container.get("readinessProbe"), now, max(healthy, passed or now))
         fails = startup_fails(startup, now, healthy)
-        crash = self._cloud.faults.crash_after_s
+        crash = self._cloud.faults.crash_after_s if _uses_gpu(pod) else None
         dies = min(math.inf if fails is None else fails, math.inf if crash is None else now + crash)
         error = self.hooks.refusal(pod)
         dies = now if error else dies

@@ -203,6 +203,9 @@ class NodeClaims:
             if node is not None and not self._drained(node, claim):
                 return DRAIN_POLL_S
             self._cloud.terminate(instance, self._durations.draw("terminate") if instance.stopped is None else 0.0)
+            if not is_true(claim, "InstanceTerminating"):
+                now = self._clock.now()
+                self._store.update_status(NODE_CLAIM, with_condition(claim, now, "InstanceTerminating", True))
             return TERMINATION_POLL_S
         self._release(claim, node)
         return None

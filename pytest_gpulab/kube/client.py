@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
@@ -15,6 +16,7 @@ from kubernetes.client.exceptions import ApiException
 from kubernetes.config import load_kube_config
 from kubernetes.dynamic import DynamicClient
 from kubernetes.dynamic.resource import Resource
+from kubernetes.watch import Watch
 from urllib3.exceptions import HTTPError, MaxRetryError
 
 from pytest_gpulab.kube.objects import Object, Ref
@@ -23,6 +25,8 @@ T = TypeVar("T")
 FIELD_MANAGER: Final = "gpulab"
 RETRY_S: Final = 30.0
 """How long a call that fails for no fault of its own is repeated."""
+CONNECTIONS: Final = 32
+"""Kept open at once: a fleet's run has five watches, and those of the run before end seconds later."""
 _FIRST_PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 2.0
 _TIMEOUT_S: Final = (5.0, 30.0)
@@ -86,6 +90,12 @@ class Kube:
         self, api_version: str, kind: str, namespace: str = "", *, labels: str = "", fields: str = ""
     ) -> list[Object]:
         """All objects of a kind that the selectors select."""
+        return self.snapshot(api_version, kind, namespace, labels=labels, fields=fields)[0]
+
+    def snapshot(
+        self, api_version: str, kind: str, namespace: str = "", *, labels: str = "", fields: str = ""
+    ) -> tuple[builtins.list[Object], str]:
+        """As `list`, and the version from which `watch` tells what changes."""
         found = self._call(
             f"list {kind}",
             self._kind(api_version, kind).get,
@@ -93,7 +103,35 @@ class Kube:
             label_selector=labels or None,
             field_selector=fields or None,
         )
-        return [{"apiVersion": api_version, "kind": kind, **item} for item in found["items"]]
+        items = [{"apiVersion": api_version, "kind": kind, **item} for item in found["items"]]
+        return items, str(found["metadata"]["resourceVersion"])
+
+    def watch(
+        self, api_version: str, kind: str, namespace: str = "", *, labels: str = "", since: str, for_s: int
+    ) -> Iterator[tuple[str, Object]]:
+        """Changes after the version `since` as ("ADDED", "MODIFIED" or "DELETED", object), for `for_s` seconds.
+
+        It may break off sooner, with any error: nothing is repeated.
+        """
+        changes = Watch().stream(
+            self._kind(api_version, kind).get,
+            namespace=namespace or None,
+            label_selector=labels or None,
+            resource_version=since,
+            timeout_seconds=for_s,
+            serialize=False,
+            _request_timeout=(_TIMEOUT_S[0], for_s + _TIMEOUT_S[1]),
+        )
+        for change in changes:
+            yield change["type"], {"apiVersion": api_version, "kind": kind, **change["raw_object"]}
+
+    def serves(self, api_version: str) -> bool:
+        """Whether the API server serves a group and version now; an extension's is served once it answers itself."""
+        try:
+            self._dynamic.request("GET", f"/apis/{api_version}", _request_timeout=_TIMEOUT_S)
+        except (ApiException, HTTPError):
+            return False
+        return True
 
     def apply(self, obj: Object) -> Object:
         """Server-side apply: create the object, or make ours of its fields what `obj` says."""
@@ -207,6 +245,7 @@ def connect(kubeconfig: Path, folder: Path, *, speed: float = 1.0, retry_s: floa
         load_kube_config(config_file=str(kubeconfig), client_configuration=configuration, temp_file_path=str(folder))
     except Exception as wrong:  # ConfigException, and whatever its parsers raise on a half-written file
         raise KubeError(f"{kubeconfig} must be a kubeconfig: {wrong}") from wrong
+    configuration.connection_pool_maxsize = CONNECTIONS
     configuration.retries = 0  # Kube repeats by itself; not False, with which this client chokes on TLS errors
     return Kube(ApiClient(configuration), folder, speed=speed, retry_s=retry_s)
 

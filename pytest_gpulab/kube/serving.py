@@ -6,6 +6,7 @@ Without an Ingress there is no public way in: the Service is for load from insid
 from __future__ import annotations
 
 import json
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -32,6 +33,7 @@ ANSWER_S: Final = 600.0
 
 _ANSWER_TIMEOUT_S: Final = 10.0
 _AUTOSCALER: Final = "HorizontalPodAutoscaler"
+_INGRESS: Final = "networking.k8s.io/v1"
 
 
 class NoCapacity(WaitFailed):
@@ -54,18 +56,75 @@ def serve(pool: Pool, objects: Sequence[Object], model: str, *, replicas: int = 
         KubeError: the API server refused an object.
     """
     kube = pool.kube
-    deployment = _of_kind(objects, "Deployment")
-    name, namespace = Ref.of(deployment), deployment["metadata"]["namespace"]
+    deployment = of_kind(objects, "Deployment")
+    name = Ref.of(deployment)
     is_new = kube.get(name) is None
-    old = frozenset(event["metadata"]["uid"] for event in _shortages(kube))
+    old = shortages_so_far(kube)
     apply(kube, pool.ledger, [obj for obj in objects if obj["kind"] != _AUTOSCALER])
     if is_new and replicas > 1:
         kube.scale(name, replicas)
-    wanted = replicas if is_new else 1
-    selector = ",".join(f"{key}={value}" for key, value in deployment["spec"]["selector"]["matchLabels"].items())
+    ready = wait_for_replicas(pool, deployment, replicas if is_new else 1, old)
+    # Not before: it would see idle replicas next to those that are still loading, and take these away.
+    apply(kube, pool.ledger, [obj for obj in objects if obj["kind"] == _AUTOSCALER])
+    way_in = next((obj for obj in objects if obj["kind"] == "Ingress"), None)
+    url = wait_for_address(pool, way_in) if way_in else _service_url(of_kind(objects, "Service"))
+    endpoint = endpoint_at(pool, url, model, pages=[metrics_url(kube, pod) for pod in ready])
+    if way_in:
+        wait_for_answer(pool, endpoint, deployment)
+    return endpoint
+
+
+def open_way_in(pool: Pool, objects: Sequence[Object], model: str) -> Endpoint:
+    """Have the load balancer answer before there is anything behind it.
+
+    Args:
+        objects: the Secret, the Service and the Ingress.
+
+    Raises:
+        WaitFailed: it did not come, or does not answer.
+        KubeError: the API server refused an object.
+    """
+    kube = pool.kube
+    apply(kube, pool.ledger, objects)
+    ingress = of_kind(objects, "Ingress")
+    url = wait_for_address(pool, ingress)
+    wait(
+        kube,
+        f"{url} to answer, if only that nobody is there",
+        lambda: _status(f"{url}/v1/models") is not None,
+        deadline_s=ANSWER_S,
+        about=lambda: _existing(kube, Ref.of(ingress)),
+    )
+    return endpoint_at(pool, url, model)
+
+
+def endpoint_at(pool: Pool, url: str, model: str, pages: Sequence[str] = ()) -> Endpoint:
+    """The way in at `url`; metrics come through the API server."""
+    kube = pool.kube
+    return Endpoint(
+        url,
+        model,
+        pool.api_key,
+        metrics_urls=tuple(pages),
+        metrics_headers=lambda: kube.headers,
+        metrics_ca=kube.ca,
+    )
+
+
+def wait_for_replicas(pool: Pool, deployment: Object, wanted: int, old: frozenset[str]) -> list[Object]:
+    """The pods of a Deployment once so many are Ready.
+
+    Args:
+        old: `shortages_so_far` before it was applied.
+
+    Raises:
+        NoCapacity: EC2 had no machine for any pool.
+        WaitFailed: it took too long, or a container cannot run.
+    """
+    kube, name = pool.kube, Ref.of(deployment)
 
     def pods() -> list[Object]:
-        return kube.list("v1", "Pod", namespace, labels=selector)
+        return kube.list("v1", "Pod", name.namespace, labels=selector_of(deployment))
 
     def ready() -> list[Object]:
         return [pod for pod in pods() if is_true(pod, "Ready")]
@@ -79,25 +138,13 @@ def serve(pool: Pool, objects: Sequence[Object], model: str, *, replicas: int = 
         fails=lambda: pod_failure(pods()),
         about=pods,
     )
-    # Not before: it would see idle replicas next to those that are still loading, and take these away.
-    apply(kube, pool.ledger, [obj for obj in objects if obj["kind"] == _AUTOSCALER])
-    way_in = next((obj for obj in objects if obj["kind"] == "Ingress"), None)
-    endpoint = Endpoint(
-        _public_url(kube, way_in) if way_in else _service_url(_of_kind(objects, "Service")),
-        model,
-        pool.api_key,
-        metrics_urls=tuple(_metrics_url(kube, pod) for pod in ready()),
-        metrics_headers=lambda: kube.headers,
-        metrics_ca=kube.ca,
-    )
-    if way_in:
-        _wait_for_answer(kube, endpoint, Ref.of(way_in), pods)
-    return endpoint
+    return ready()
 
 
-def _public_url(kube: Kube, way_in: Object) -> str:
-    """Of the Ingress's load balancer, as soon as it has one."""
-    ingress, scheme = Ref.of(way_in), _scheme(kube, way_in)
+def wait_for_address(pool: Pool, way_in: Object) -> str:
+    """Base URL of an Ingress's load balancer. WaitFailed when it gets none."""
+    kube, ingress = pool.kube, Ref.of(way_in)
+    scheme = _scheme(kube, way_in)
     return wait(
         kube,
         f"an address of {ingress}",
@@ -113,15 +160,31 @@ def _service_url(service: Object) -> str:
     return f"http://{meta['name']}.{meta['namespace']}.svc"
 
 
-def _wait_for_answer(kube: Kube, endpoint: Endpoint, ingress: Ref, pods: Callable[[], list[Object]]) -> None:
+def wait_for_answer(pool: Pool, endpoint: Endpoint, deployment: Object) -> None:
+    """Until the public way leads to the model. WaitFailed when it does not."""
+    kube, name = pool.kube, Ref.of(deployment)
+
+    def pods() -> list[Object]:
+        return kube.list("v1", "Pod", name.namespace, labels=selector_of(deployment))
+
     wait(
         kube,
         f"{endpoint.url}/v1/models to list {endpoint.model}",
         lambda: _answers(endpoint),
         deadline_s=ANSWER_S,
         fails=lambda: pod_failure(pods()),
-        about=lambda: [*_existing(kube, ingress), *pods()],
+        about=lambda: [*_existing(kube, name._replace(api_version=_INGRESS, kind="Ingress")), *pods()],
     )
+
+
+def selector_of(deployment: Object) -> str:
+    """What selects the pods of a Deployment."""
+    return ",".join(f"{key}={value}" for key, value in deployment["spec"]["selector"]["matchLabels"].items())
+
+
+def shortages_so_far(kube: Kube) -> frozenset[str]:
+    """Uids of what Karpenter has said by now about capacity that it did not get: it says nothing about later."""
+    return frozenset(event["metadata"]["uid"] for event in _shortages(kube))
 
 
 def withdraw(pool: Pool, name: str) -> None:
@@ -214,10 +277,21 @@ def _scheme(kube: Kube, ingress: Object) -> str:
     return "https" if ((params or {}).get("spec") or {}).get("certificateARNs") else "http"
 
 
-def _metrics_url(kube: Kube, pod: Object) -> str:
+def metrics_url(kube: Kube, pod: Object) -> str:
     """The pod's /metrics through the API server: the load balancer shows only /v1."""
     meta = pod["metadata"]
     return f"{kube.url}/api/v1/namespaces/{meta['namespace']}/pods/{meta['name']}:8000/proxy/metrics"
+
+
+def _status(url: str) -> int | None:
+    """Of an answer without a key, whatever it is; None without one."""
+    try:
+        with urllib.request.urlopen(url, timeout=_ANSWER_TIMEOUT_S) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as refusal:
+        return refusal.code
+    except (OSError, ValueError):
+        return None
 
 
 def _answers(endpoint: Endpoint) -> bool:
@@ -233,7 +307,8 @@ def _answers(endpoint: Endpoint) -> bool:
     return endpoint.model in (entry["id"] for entry in listed.get("data", ()))
 
 
-def _of_kind(objects: Sequence[Object], kind: str) -> Object:
+def of_kind(objects: Sequence[Object], kind: str) -> Object:
+    """The one of that kind. ValueError when there is none."""
     found = next((obj for obj in objects if obj["kind"] == kind), None)
     if found is None:
         raise ValueError(f"what serves must include a {kind}, got {', '.join(obj['kind'] for obj in objects)}")

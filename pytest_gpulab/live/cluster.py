@@ -21,6 +21,7 @@ from pytest_gpulab.live.background import Background, WatchedClock
 from pytest_gpulab.live.containers import JobContainers
 from pytest_gpulab.live.ingress import DEREGISTRATION_S, Ingresses
 from pytest_gpulab.live.logs import PodLogs
+from pytest_gpulab.live.orders import obey
 from pytest_gpulab.live.proxy import PodProxy
 from pytest_gpulab.live.servers import ModelServers
 from pytest_gpulab.live.services import ServiceAddresses
@@ -63,6 +64,7 @@ async def live_cluster(
         rules=(),
     )
     store = embedded.store
+    obey(embedded)
     embedded.apply(NODE_POOL, GENERAL_PURPOSE)
     logs = PodLogs(store, clock)
     servers = ModelServers(store, clock, background, logs)

@@ -35,6 +35,8 @@ from pytest_gpulab.serving.edge import Edge, serve_edge, under
 CONTROLLERS: Final = ("eks.amazonaws.com/alb", "ingress.k8s.aws/alb")
 """Values of an IngressClass's `spec.controller` that are served: EKS Auto Mode's, and the controller one installs."""
 FINALIZER: Final = "ingress.k8s.aws/resources"
+_NOBODY: Final = "http://127.0.0.1:9"
+"""Where nothing listens: what is sent to a Ready pod whose machine is gone, which nobody has noticed, is lost."""
 _IDLE_TIMEOUT: Final = "idle_timeout.timeout_seconds"
 IDLE_TIMEOUT_S: Final = 60.0
 """An ALB's default; IngressClassParams may say another one."""
@@ -183,8 +185,7 @@ class Ingresses:
     def _targets(self, ref: Ref, rule: dict[str, Any]) -> list[str]:
         service = at(rule, "backend.service", {})
         targets = ready_targets(self._store, ref[1], service.get("name", ""), service.get("port") or {})
-        urls = (self._servers.url(uid, port) for uid, port in targets)
-        return [url for url in urls if url is not None]
+        return [self._servers.url(uid, port) or _NOBODY for uid, port in targets]
 
     def _drain_removed(self, ref: Ref, balancer: _Balancer) -> None:
         """Let targets that are no longer Ready finish, for the deregistration delay at most."""

@@ -29,6 +29,7 @@ from pytest_gpulab.load.reconcile import (
     little_problems,
     server_problems,
 )
+from pytest_gpulab.load.servers import Servers
 from pytest_gpulab.load.share import Outcome, Share
 from pytest_gpulab.run import Basis, Provenance, Run
 from pytest_gpulab.run_store import Question, RunStore
@@ -73,6 +74,7 @@ def run_load(
     elsewhere: Callable[[Sequence[Share]], Load] | None = None,
     longest_answer_s: float = LONGEST_ANSWER_S,
     interrupted_to: Path | None = None,
+    servers: Servers | None = None,
 ) -> Run:
     """One run of `workload` against `endpoint`. Blocks until the last answer; needs a thread without event loop.
 
@@ -85,6 +87,7 @@ def run_load(
         processes: how many send; None: as many as the rate needs.
         elsewhere: has that many shares sent from another place; None: from this machine.
         interrupted_to: the folder of a `RunStore` that keeps an interrupted run; keep valid runs elsewhere.
+        servers: those behind the endpoint, where they come and go. The load does not wait for any.
         longest_answer_s: after which a request without a `timeout_s` of its own is given up.
 
     Returns:
@@ -108,7 +111,9 @@ def run_load(
     shares = [Share(workload, endpoint, seed, salt, longest_answer_s, index, count) for index in range(count)]
     load = elsewhere(shares) if elsewhere else OneProcess(shares[0]) if count == 1 else Processes(shares)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        evidence = runner.run(_measure(load, endpoint, progress, has_gpu=basis == "measured"))
+        lasting_s = (workload.duration_s or 0.0) if servers is not None else 0.0
+        measuring = _measure(load, endpoint, progress, servers, lasting_s, has_gpu=basis == "measured")
+        evidence = runner.run(measuring)
     outcome = evidence.outcome
     run = Run(
         requests=outcome.requests,
@@ -123,6 +128,7 @@ def run_load(
             server=server,
             relative_error=relative_error,
         ),
+        timeline=tuple(_ended_servers(evidence)),
         problems=tuple(_problems(workload, evidence)),
     )
     if outcome.interrupted:
@@ -133,21 +139,31 @@ def run_load(
 
 @dataclass(frozen=True)
 class _Evidence:
-    """What was measured. `wall_s`: from the run's start to the end of sending."""
+    """What was measured. `wall_s`: from the run's start to the end of sending; `comes_and_goes`: servers did."""
 
     outcome: Outcome
     scraper: Scraper
     gpu: list[GpuSample]
     wall_s: float
+    comes_and_goes: bool
 
 
-async def _measure(load: Load, endpoint: Endpoint, show: Show, *, has_gpu: bool) -> _Evidence:
-    """`has_gpu`: a GPU of this machine may be what serves; it has no part in an emulated run."""
+async def _measure(
+    load: Load, endpoint: Endpoint, show: Show, servers: Servers | None, lasting_s: float, *, has_gpu: bool
+) -> _Evidence:
+    """What came of the load.
+
+    Args:
+        lasting_s: until when servers that come and go are watched, even if all answers are there.
+        has_gpu: a GPU of this machine may be what serves; it has no part in an emulated run.
+    """
     looking = local_gpu_samples(endpoint.url if has_gpu else "")
     async with aiohttp.ClientSession() as session, load, looking as gpu:
-        scraper = Scraper(endpoint, session)
+        scraper = Scraper(endpoint, session, servers)
         await scraper.read_all(counts=False)
         start = time.perf_counter() + load.lead_s
+        if servers is not None:
+            servers.begin(time.time() + start - time.perf_counter())
 
         def look() -> Progress:
             return load.progress(time.perf_counter() - start)
@@ -155,12 +171,23 @@ async def _measure(load: Load, endpoint: Endpoint, show: Show, *, has_gpu: bool)
         telling = tell_every(_PROGRESS_S, look, lambda progress: show(str(progress)))
         async with meanwhile(scraper.sample(start)), meanwhile(telling):
             outcome = await load.run(start)
+            if not outcome.interrupted:
+                outcome = await _await_end(outcome, start + lasting_s)
         wall_s = time.perf_counter() - start
         try:
             await _settle(scraper, outcome)
         except asyncio.CancelledError:
             outcome = replace(outcome, interrupted=True)
-    return _Evidence(outcome, scraper, gpu + scraper.gpu_samples, wall_s)
+    return _Evidence(outcome, scraper, gpu + scraper.gpu_samples, wall_s, servers is not None)
+
+
+async def _await_end(outcome: Outcome, end: float) -> Outcome:
+    """The outcome once it is `end` (``time.perf_counter``); interrupted if it was cancelled before."""
+    try:
+        await asyncio.sleep(max(0.0, end - time.perf_counter()))
+    except asyncio.CancelledError:
+        return replace(outcome, interrupted=True)
+    return outcome
 
 
 async def _settle(scraper: Scraper, outcome: Outcome) -> None:
@@ -170,7 +197,7 @@ async def _settle(scraper: Scraper, outcome: Outcome) -> None:
         async with asyncio.timeout(limit_s):
             while await scraper.read_all() and not outcome.interrupted:
                 behind = scraper.totals.get("request_success_total", math.inf) < outcome.counts["whole"]
-                if not behind and (outcome.failures or not scraper.in_flight):
+                if (not behind or scraper.cut_off) and (outcome.failures or not scraper.in_flight):
                     return
                 await asyncio.sleep(0.1)
 
@@ -180,6 +207,8 @@ def _totals(evidence: _Evidence) -> dict[str, float]:
     failures = outcome.failures
     held, expected, _ = in_flight_means(evidence.scraper.table, outcome)
     means = {"server_in_flight_mean": held, "client_in_flight_mean": expected}
+    if evidence.comes_and_goes:
+        means["gpu_busy_seconds"] = evidence.scraper.busy_s
     return {
         **evidence.scraper.totals,
         **{f"client_failed_{kind}": float(count) for kind, count in sorted(failures.items())},
@@ -191,6 +220,13 @@ def _totals(evidence: _Evidence) -> dict[str, float]:
         **{name: mean for name, mean in means.items() if not math.isnan(mean)},
         **gpu_totals(evidence.gpu),
     }
+
+
+def _ended_servers(evidence: _Evidence) -> Iterator[tuple[float, str]]:
+    """What cannot be reconciled, and is no fault of the evidence: servers that ended took their last counts along."""
+    if ended := evidence.scraper.cut_off:
+        what = "1 server" if ended == 1 else f"{ended} servers"
+        yield evidence.wall_s, f"{what} ended during the run: counts after the last page of each are not reconciled"
 
 
 def _problems(workload: Workload, evidence: _Evidence) -> Iterator[str]:
@@ -206,5 +242,5 @@ def _problems(workload: Workload, evidence: _Evidence) -> Iterator[str]:
     if scraper.lost > _MOST_LOST * evidence.wall_s:
         yield f"{scraper.lost} samples of the metrics were lost in {evidence.wall_s:.0f} s"
     if not (outcome.interrupted or scraper.restarts):
-        yield from server_problems(workload, outcome, scraper.totals)
+        yield from server_problems(workload, outcome, scraper.totals, complete=not scraper.cut_off)
         yield from little_problems(scraper.table, outcome)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from pytest_gpulab.endpoint import Endpoint
 from pytest_gpulab.load.gpu import GpuSample, dcgm_samples
+from pytest_gpulab.load.servers import Servers
 from pytest_gpulab.run import SERVER_DTYPE
 
 _OLDER_NAMES = {
@@ -82,6 +83,10 @@ class _Server:
     increases: dict[str, float] = field(default_factory=dict)
     restarts: int = 0
     seen: bool = False
+    fresh: bool = True
+    """Whether it answered when it was last asked."""
+    owed: bool = True
+    """Whether its page must come: servers that are not ready yet, or about to end, need not show one."""
 
     def read(self, page: Page, *, counts: bool) -> None:
         """Take a page in. What a server counted before its first page with `counts` is not the run's."""
@@ -97,14 +102,22 @@ class _Server:
 
 
 class Scraper:
-    """Reads the metrics of all servers of an endpoint. Times are seconds from the run's start."""
+    """Reads the metrics of all servers of an endpoint. Times are seconds from the run's start.
 
-    def __init__(self, endpoint: Endpoint, session: aiohttp.ClientSession) -> None:
+    `servers`: those that come and go. What one had counted when it was first seen counts as the run's, because it did
+    not exist before; what it did after its last page is not known.
+    """
+
+    def __init__(self, endpoint: Endpoint, session: aiohttp.ClientSession, servers: Servers | None = None) -> None:
         self._headers = endpoint.metrics_headers
         self._ssl = ssl.create_default_context(cafile=endpoint.metrics_ca) if endpoint.metrics_ca else True
         self._session = session
         self._servers = [_Server(url) for url in endpoint.metrics_urls]
+        self._come_and_go = servers
+        self._ended: list[_Server] = []
         self._rows: list[tuple[float, ...]] = []
+        self.busy_s = 0.0
+        """Seconds in which a server ran a request, summed over the servers."""
         self.gpu_samples: list[GpuSample] = []
         """What pages of DCGM's exporter say of GPUs."""
         self.lost = 0
@@ -113,7 +126,14 @@ class Scraper:
     @property
     def restarts(self) -> int:
         """How often a server was seen to have restarted."""
-        return sum(server.restarts for server in self._servers)
+        return sum(server.restarts for server in (*self._servers, *self._ended))
+
+    @property
+    def cut_off(self) -> int:
+        """How many of the servers that come and go have shown metrics, but do not any more."""
+        if self._come_and_go is None:
+            return 0
+        return sum(server.seen for server in self._ended) + sum(s.seen and not s.fresh for s in self._servers)
 
     @property
     def urls(self) -> list[str]:
@@ -123,6 +143,8 @@ class Scraper:
     @property
     def silent(self) -> list[str]:
         """Pages that have never been read; all of them when none of them is vLLM's."""
+        if self._come_and_go is not None:
+            return [server.url for server in self._servers if server.owed and not server.seen]
         if not any(_GAUGES[0] in server.last for server in self._servers):
             return self.urls
         return [server.url for server in self._servers if not server.seen]
@@ -131,7 +153,7 @@ class Scraper:
     def totals(self) -> dict[str, float]:
         """Increases of all counters between the first and the last reading, over all servers."""
         totals: dict[str, float] = {}
-        for server in self._servers:
+        for server in (*self._servers, *self._ended):
             for name, increase in server.increases.items():
                 totals[name] = totals.get(name, 0.0) + increase
         return totals
@@ -140,7 +162,7 @@ class Scraper:
     def in_flight(self) -> float:
         """Requests running or waiting at the last reading."""
         names = ("num_requests_running", "num_requests_waiting")
-        return sum(server.last.get(name, 0.0) for server in self._servers for name in names)
+        return sum(server.last.get(name, 0.0) for server in self._servers if server.fresh for name in names)
 
     @property
     def table(self) -> NDArray[Any]:
@@ -158,7 +180,7 @@ class Scraper:
     async def sample(self, start: float) -> None:
         """Add a row each second from `start` (``time.perf_counter``) on, until cancelled."""
         second = 0
-        while self._servers:
+        while self._servers or self._come_and_go is not None:
             await asyncio.sleep(max(0.0, start + second - time.perf_counter()))
             pages = await self._pages(timeout_s=5.0)
             now = time.perf_counter() - start
@@ -170,23 +192,45 @@ class Scraper:
         self.gpu_samples += [sample for text in pages if text is not None for sample in dcgm_samples(text)]
         for server, text in zip(self._servers, pages, strict=True):
             if text is not None:
-                page = parse_page(b"\n".join(_EVERY_SECOND.findall(text)))
+                # Whole, where it may be the last one that its server shows.
+                whole = self._come_and_go is not None
+                page = parse_page(text if whole else b"\n".join(_EVERY_SECOND.findall(text)))
                 server.read(page, counts=True)
                 if _GAUGES[0] in page:  # a page of DCGM's exporter has none
                     read.append(page)
-        if not read:
+        if not read and any(server.owed for server in self._servers):
             self.lost += 1
             return
         running, waiting, usage = (sum(page.get(name, 0.0) for page in read) for name in _GAUGES)
         totals = self.totals
-        self._rows.append((now, running, waiting, usage / len(read), *(totals.get(name, 0.0) for name in _COUNTERS)))
+        since = self._rows[-1][0] if self._rows else now - 1
+        self.busy_s += (now - since) * sum(page[_GAUGES[0]] > 0 for page in read)
+        usage /= max(len(read), 1)
+        self._rows.append((now, running, waiting, usage, *(totals.get(name, 0.0) for name in _COUNTERS)))
+
+    def _look_around(self) -> None:
+        """Which of the servers that come and go are there now."""
+        if self._come_and_go is None:
+            return
+        now = dict(self._come_and_go.pages())
+        self._ended += [server for server in self._servers if server.url not in now]
+        self._servers = [server for server in self._servers if server.url in now]
+        known = {server.url for server in self._servers}
+        self._servers += [_Server(url) for url in now if url not in known]
+        for server in self._servers:
+            server.owed = now[server.url]
 
     async def _pages(self, timeout_s: float) -> list[bytes | None]:
+        self._look_around()
         try:
             headers = self._headers()  # a token is signed in less than a millisecond
         except OSError:  # no credentials any more
             return [None] * len(self._servers)
-        return list(await asyncio.gather(*(self._page(server.url, headers, timeout_s) for server in self._servers)))
+        asked = (self._page(server.url, headers, timeout_s) for server in self._servers)
+        pages = list(await asyncio.gather(*asked))
+        for server, page in zip(self._servers, pages, strict=True):
+            server.fresh = page is not None
+        return pages
 
     async def _page(self, url: str, headers: Mapping[str, str], timeout_s: float) -> bytes | None:
         try:

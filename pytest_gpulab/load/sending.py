@@ -7,6 +7,7 @@ When which request is sent, dropped or given up is decided by the same state mac
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import math
 import time
@@ -36,6 +37,14 @@ _SPIN_S = 0.0015
 """The event loop's timers have a resolution of 1 ms: for what is due sooner the loop goes round without sleep."""
 
 _HEARTBEAT_S = 0.05
+
+_PROBE_S = 0.25
+"""How often a client that holds its queue asks whether a server is there."""
+
+_PROBE_TIMEOUT_S = 5.0
+
+_NOBODY_THERE = frozenset({"connect", "http_503"})
+"""Failures of a request that no server has seen: nothing listens, or a load balancer has no target that is ready."""
 
 _UNSENT, _IN_FLIGHT = "unsent", "in flight"
 
@@ -69,6 +78,7 @@ class Sending:
         self._ended_s = 0.0
         self._loop_lag_s: list[float] = []
         self._timer: asyncio.Handle | None = None
+        self._probing: asyncio.Task[None] | None = None
 
     @property
     def length_s(self) -> float:
@@ -110,6 +120,8 @@ class Sending:
                     interrupted = True
                 finally:
                     heartbeat.cancel()
+                    if self._probing is not None:
+                        self._probing.cancel()
                     await self._stop()
         finally:
             gc.unfreeze()
@@ -134,10 +146,7 @@ class Sending:
             self._timer = None
         if self._over.is_set():
             return
-        for index in self._client.act(self._now()):
-            self._failure[index] = _IN_FLIGHT
-            task = self._tasks[index] = asyncio.create_task(self._request(index))
-            task.add_done_callback(partial(self._answered, index))
+        self._send(self._client.act(self._now()))
         for index in self._client.given_up[self._given_up :]:
             self._give_up(index)
         self._given_up = len(self._client.given_up)
@@ -149,6 +158,26 @@ class Sending:
             self._timer = self._loop.call_soon(self._act)
         else:
             self._timer = self._loop.call_later(wait_s - _SPIN_S, self._act)
+
+    def _send(self, indices: list[int]) -> None:
+        for index in indices:
+            self._failure[index] = _IN_FLIGHT
+            task = self._tasks[index] = asyncio.create_task(self._request(index))
+            task.add_done_callback(partial(self._answered, index))
+
+    async def _probe(self) -> None:
+        """Ask until a server is there for those that are held."""
+        url = f"{self._endpoint.url}/v1/models"
+        timeout = aiohttp.ClientTimeout(total=_PROBE_TIMEOUT_S)
+        while True:
+            await asyncio.sleep(_PROBE_S)
+            with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
+                async with self._session.get(url, timeout=timeout, allow_redirects=False) as response:
+                    if f"http_{response.status}" not in _NOBODY_THERE:
+                        break
+        self._probing = None
+        self._send(self._client.resume(self._now()))
+        self._act()
 
     def _give_up(self, index: int) -> None:
         """The client no longer awaits this answer, even if it has just come."""
@@ -172,13 +201,28 @@ class Sending:
             failure = "reset"
         except Exception as error:  # a bug of this client, which must not lose the request
             failure = f"client_error_{type(error).__name__}"
+        if failure in _NOBODY_THERE:
+            self._bodies[index] = body
         self._record(index, answer, failure)
 
     def _answered(self, index: int, _: asyncio.Task[None]) -> None:
         self._ended_s = self._now()
         del self._tasks[index]
-        self._client.answered(index, self._ended_s)
+        if self._failure[index] in _NOBODY_THERE:
+            self._refused(index)
+        else:
+            self._client.answered(index, self._ended_s)
         self._act()
+
+    def _refused(self, index: int) -> None:
+        """No server has seen a request: the policy says whether it is lost or waits until one is there."""
+        self._client.refused(index, self._ended_s)
+        if not self._client.holds:
+            return
+        self._failure[index] = _UNSENT
+        self._rows["sent"][index] = math.nan
+        if self._probing is None:
+            self._probing = asyncio.create_task(self._probe())
 
     async def _exchange(self, body: bytes, answer: Answer) -> str:
         """Send a body and read the answer; how it failed, empty for not at all."""

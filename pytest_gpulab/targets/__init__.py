@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from pytest_gpulab.errors import unknown_name
 from pytest_gpulab.gates import TargetRefused
-from pytest_gpulab.targets.base import LOADED_FROM, MEASURED_REPEATS, Served, Serving, Target
+from pytest_gpulab.targets.base import LOADED_FROM, MEASURED_REPEATS, Served, Serving, Target, Tariff
 
 if TYPE_CHECKING:
-    from pytest_gpulab.experiment import Profile
     from pytest_gpulab.options import Options
     from pytest_gpulab.run import Basis
 
-__all__ = ["LOADED_FROM", "Kind", "Served", "Target", "cluster_targets", "find_target", "kind_of", "target_names"]
+__all__ = [
+    "LOADED_FROM",
+    "Kind",
+    "Served",
+    "Serving",
+    "Target",
+    "Tariff",
+    "cluster_targets",
+    "find_target",
+    "kind_of",
+    "target_names",
+]
 
 
 class Kind(NamedTuple):
@@ -58,18 +68,21 @@ def kind_of(name: str) -> Kind:
     return _KINDS[name]
 
 
-def _no_cluster(profile: Profile) -> Served:
+def _no_cluster(*_: object) -> NoReturn:
     raise TargetRefused("there is no cluster to serve on")
 
 
 def find_target(
-    name: str, options: Options, tell: Callable[[str], None] = lambda line: None, serving: Serving = _no_cluster
+    name: str,
+    options: Options,
+    tell: Callable[[str], None] = lambda line: None,
+    serving: Serving = Serving(_no_cluster, _no_cluster),  # noqa: B008 (it is immutable)
 ) -> Target:
     """The target called `name`, as `options` describe it.
 
     Args:
         tell: takes lines about what it does.
-        serving: has a profile served on the session's cluster.
+        serving: what the session's cluster does.
 
     Raises:
         ValueError: an unknown name, or an option that the target needs.

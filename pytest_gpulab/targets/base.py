@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, TypeAlias
 
-from pytest_gpulab.aws.billing import Bill
+from pytest_gpulab.aws.billing import Bill, PriceOf
 from pytest_gpulab.endpoint import Endpoint
 from pytest_gpulab.experiment import Profile, Workload
 from pytest_gpulab.run import Basis, Run
 
 if TYPE_CHECKING:
+    from pytest_gpulab.kube.fleet import FleetRun, Observe
     from pytest_gpulab.load.local import Load
     from pytest_gpulab.load.share import Share
     from pytest_gpulab.options import Options
@@ -35,8 +37,28 @@ class Served(NamedTuple):
     """Has shares sent from inside the cluster; None: the load comes from this machine."""
 
 
-Serving = Callable[[Profile], Served]
-"""Has a profile served on the session's cluster, or finds it served there already."""
+class Tariff(NamedTuple):
+    """What a fleet's machines cost, all of them of one type."""
+
+    price_of: PriceOf
+    gpus: int
+    """Of one machine."""
+    prices: str = ""
+    """With their source and date; empty where nobody pays."""
+
+
+Deploying: TypeAlias = "Callable[[Profile, Observe], AbstractContextManager[FleetRun]]"
+"""Has a profile's fleet deployed on the session's cluster while a run lasts, from zero GPU nodes and back to zero."""
+
+
+class Serving(NamedTuple):
+    """What the session's cluster does for a target."""
+
+    serve: Callable[[Profile], Served]
+    """Has a profile served, or finds it served there already."""
+    deploy: Deploying
+    tariff: Callable[[], Tariff] | None = None
+    """Of its machines, where somebody pays for them."""
 
 
 class Target(Protocol):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from pytest_gpulab.cluster.cloud import INSTANCE_TYPES, SPOT_SHARE
 from pytest_gpulab.engine.calibration import find_variant, variant_name
+from pytest_gpulab.errors import unknown_name
 from pytest_gpulab.experiment import Profile, Workload
 from pytest_gpulab.gates import TargetRefused
+from pytest_gpulab.render import instance_type_of
 from pytest_gpulab.run import Basis, Run
-from pytest_gpulab.targets.base import LOADED_FROM, MEASURED_REPEATS, Serving
+from pytest_gpulab.targets.base import LOADED_FROM, MEASURED_REPEATS, Serving, Tariff
+from pytest_gpulab.targets.fleets import loading_refusal, run_fleet
 from pytest_gpulab.targets.loading import Loading
 
 if TYPE_CHECKING:
@@ -21,7 +26,7 @@ class ClusterTarget:
     """The embedded cluster: the manifests, the API and HTTP are real, the model servers are emulated.
 
     What is served stays up until the session's pool is torn down, so that arms that are compared take turns without
-    cold starts between them.
+    cold starts between them. A fleet is a fresh deployment every time: its cold starts are part of the question.
     """
 
     name = "cluster"
@@ -41,33 +46,47 @@ class ClusterTarget:
         return cls(serving, options.report_dir / cls.name, tell, options.load_from)
 
     def server(self, profile: Profile) -> str:
-        """Whose step costs the emulated servers have, and where the load came from unless from this machine."""
+        """Whose step costs and cold starts are emulated, and where the load came from unless from this machine."""
+        cluster = f", {profile.fleet.stages} cluster" if profile.fleet else ""
         loaded = "" if self._load_from == "client" else f", loaded from {LOADED_FROM[self._load_from]}"
-        return f"emulated by {find_variant(profile)[0].name} {variant_name(profile)}{loaded}"
+        return f"emulated by {find_variant(profile)[0].name} {variant_name(profile)}{cluster}{loaded}"
 
     def run(self, workload: Workload, profile: Profile, seed: int) -> Run:
-        """Have the profile served, and load it. TargetRefused without a calibration, and for a fleet.
-
-        A fleet's cold starts and scaling take minutes of real time a repeat: they are `sim`'s.
-        """
-        if profile.fleet is not None:
-            raise TargetRefused(f"the target {self.name} serves one replica a profile; a fleet is a question for sim")
+        """Have the profile served, or its fleet deployed, and load it. TargetRefused without a calibration."""
         try:
             error = find_variant(profile)[1].relative_error
         except ValueError as refusal:
             raise TargetRefused(str(refusal)) from None
-        served = self._serving(profile)
-        return self._loading.run(
+        if unloadable := loading_refusal(profile, self._load_from):
+            raise TargetRefused(unloadable)
+        load = partial(
+            self._loading.run,
             workload,
             profile,
             seed,
-            endpoint=served.endpoint,
-            elsewhere=served.pods,
             target=self.name,
             basis=self.basis,
             server=self.server(profile),
             relative_error=error,
         )
+        if profile.fleet is None:
+            served = self._serving.serve(profile)
+            return load(endpoint=served.endpoint, elsewhere=served.pods)
+        return run_fleet(load, profile, self._serving.deploy, _tariff(profile))
 
     def close(self) -> None:
         """The session's pool ends what it has started."""
+
+
+def _tariff(profile: Profile) -> Tariff:
+    """The emulated cloud's, at the profile's price. TargetRefused when it has none of the type."""
+    kinds = {kind.name: kind for kind in INSTANCE_TYPES}
+    machine = instance_type_of(profile)
+    if machine not in kinds:
+        raise TargetRefused(unknown_name("instance type of the emulated cloud", machine, kinds))
+    gpus = kinds[machine].gpus
+
+    def price_of(instance_type: str, capacity_type: str) -> float:
+        return profile.price * gpus * (SPOT_SHARE if capacity_type == "spot" else 1.0)
+
+    return Tariff(price_of, gpus)

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from ipaddress import ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -18,16 +19,19 @@ from pytest_gpulab.gates import TargetRefused
 from pytest_gpulab.render import PublicAccess, documents, instance_type_of
 from pytest_gpulab.run import Basis, Run
 from pytest_gpulab.targets.base import LOADED_FROM, MEASURED_REPEATS, Serving
+from pytest_gpulab.targets.fleets import loading_refusal, run_fleet
 from pytest_gpulab.targets.loading import Loading
 
 if TYPE_CHECKING:
     from pytest_gpulab.options import EksOptions, Options
 
+_NO_MACHINES = ("g4dn-soci", "p5en-soci", "brief")
+"""Stages that ask for another cold start than the machine has."""
 _ACCOUNT = re.compile(r"\d{12}")
 
 
 class EksTarget:
-    """One replica at a time, on one machine, which the session's budget has been held against.
+    """One replica at a time, or a fleet of as many machines as the session's budget has been held against.
 
     A run costs what the GPU machines cost from the moment it was asked for: a cold start that it brought about, the
     time its answers took, and machines that idled or drained meanwhile.
@@ -58,35 +62,45 @@ class EksTarget:
     def from_options(cls, options: Options, tell: Callable[[str], None], serving: Serving) -> Self:
         read_request(options.eks, run="", need=None, load_from=options.load_from)
         read_public(options.eks)
+        read_machines(options.eks)
         machine = find_accelerator(options.accelerator).instance_type
         return cls(serving, options.eks.region, machine, options.report_dir / cls.name, tell, options.load_from)
 
     def server(self, profile: Profile) -> str:
         """vLLM's version, the machine and its region, and where the load came from."""
-        if profile.fleet is not None or instance_type_of(profile) != self._machine:
+        if self._refusal(profile) or instance_type_of(profile) != self._machine:
             return ""
         place = LOADED_FROM[self._load_from]
         return f"vllm {_vllm_version()} on {self._machine}, EKS in {self._region}, loaded from {place}"
 
     def run(self, workload: Workload, profile: Profile, seed: int) -> Run:
-        """Have the profile served, and load it. TargetRefused for a fleet, and where AWS has no such machine."""
-        if profile.fleet is not None:
-            raise TargetRefused("the target eks serves one replica at a time; a fleet is a question for sim")
+        """Have the profile served, or its fleet deployed, and load it.
+
+        TargetRefused where AWS has no such machine, or the fleet is to suffer what cannot be made to happen there.
+        """
+        if refusal := self._refusal(profile):
+            raise TargetRefused(refusal)
         if self._load_from == "client":
             self._loading.headroom  # noqa: B018 (measured before there is a machine that costs)
-        asked = time.time()
-        served = self._serving(profile)
-        ready = time.time()
-        run = self._loading.run(
+        load = partial(
+            self._loading.run,
             workload,
             profile,
             seed,
-            endpoint=served.endpoint,
-            elsewhere=served.pods,
             target=self.name,
             basis=self.basis,
             server=self.server(profile),
         )
+        if profile.fleet is None:
+            return self._run_one(load, profile)
+        assert self._serving.tariff is not None, "on AWS somebody pays"
+        return run_fleet(load, profile, self._serving.deploy, self._serving.tariff())
+
+    def _run_one(self, load: Callable[..., Run], profile: Profile) -> Run:
+        asked = time.time()
+        served = self._serving.serve(profile)
+        ready = time.time()
+        run = load(endpoint=served.endpoint, elsewhere=served.pods)
         before = (asked - ready, f"asked for; served after {ready - asked:.0f} s")
         if served.bill is None:
             return replace(run, timeline=(before, *run.timeline))
@@ -99,6 +113,28 @@ class EksTarget:
 
     def close(self) -> None:
         """The session's pool ends what it has started."""
+
+    def _refusal(self, profile: Profile) -> str:
+        return _fleet_refusal(profile) or loading_refusal(profile, self._load_from)
+
+
+def _fleet_refusal(profile: Profile) -> str:
+    """Why the target cannot do what the profile's fleet asks for; empty when it can."""
+    if profile.fleet is None:
+        return ""
+    if profile.fleet.stages in _NO_MACHINES:
+        return (
+            f"stages={profile.fleet.stages} cannot be had on EKS, where a cold start takes as long as it takes: ask "
+            "sim or cluster"
+        )
+    asked = profile.fleet.faults.model_dump(exclude_defaults=True, exclude={"pod_deletions"})
+    if not asked:
+        return ""
+    return (
+        f"{', '.join(asked)} cannot be made to happen on EKS: capacity is what it is, AWS restricts what others may "
+        "do to machines of Auto Mode, and the lab asks for no right to harm them. Ask sim or cluster; of the faults, "
+        "eks knows pod_deletions"
+    )
 
 
 def read_request(given: EksOptions, *, run: str, need: Need | None, load_from: str) -> Request:
@@ -145,6 +181,13 @@ def read_public(given: EksOptions) -> PublicAccess | None:
     if not given.client_cidrs:
         raise ValueError("--gpulab-certificate needs --gpulab-client-cidrs: a public load balancer is not for all")
     return PublicAccess(given.certificate, _cidrs(given.client_cidrs))
+
+
+def read_machines(given: EksOptions) -> int:
+    """The most GPU machines at once. ValueError: it is no whole number above 0."""
+    if not given.machines.isdigit() or not int(given.machines):
+        raise ValueError(f"--gpulab-machines must be a whole number above 0, got {given.machines!r}")
+    return int(given.machines)
 
 
 def _vllm_version() -> str:

@@ -15,6 +15,7 @@ from pytest_gpulab.run import Basis, Run
 if TYPE_CHECKING:
     from pytest_gpulab.load import Headroom
     from pytest_gpulab.load.local import Load
+    from pytest_gpulab.load.servers import Servers
     from pytest_gpulab.load.share import Share
 
 
@@ -52,6 +53,7 @@ class Loading:
         basis: Basis = "measured",
         relative_error: float = 0.0,
         elsewhere: Callable[[Sequence[Share]], Load] | None = None,
+        servers: Servers | None = None,
     ) -> Run:
         """A Run of `workload` on `endpoint`. TargetRefused when it is beyond what the client can do.
 
@@ -73,6 +75,7 @@ class Loading:
                 headroom=None if elsewhere else self.headroom,
                 elsewhere=elsewhere,
                 interrupted_to=self._interrupted_to,
+                servers=servers,
             )
         except BeyondHeadroom as refusal:
             raise TargetRefused(str(refusal)) from None

@@ -56,6 +56,19 @@ def test_a_machine_is_billed_from_launch_to_its_end():
     assert machine.stages_s(START + 9000) == {"provisioning": 200.0, "ready": 700.0, "draining": 100.0}
 
 
+def test_a_machine_is_billed_until_karpenter_has_it_terminated():
+    """Its NodeClaim stays until it is gone, which EC2 does not charge for."""
+    one = meter()
+    ended = claim("a", 100, 300, deleted=1000)
+    ended["status"]["conditions"].append(
+        {"type": "InstanceTerminating", "status": "True", "lastTransitionTime": stamp(1010)}
+    )
+    one.observe([claim("a", 100, 300)], START + 900)
+    one.observe([ended], START + 1015)
+    one.observe([], START + 1100)
+    assert one.usd(START + 9000) == pytest.approx(0.910)
+
+
 def test_a_machine_that_never_launched_costs_nothing():
     one = meter()
     one.observe([claim("a", None)], START + 10)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -20,10 +20,10 @@ from pytest_gpulab.aws.preflight import preflight
 from pytest_gpulab.aws.supply import Need
 from pytest_gpulab.endpoint import Endpoint
 from pytest_gpulab.figures import cost_usd, gpu_seconds
-from pytest_gpulab.fleet import FROM_ZERO
+from pytest_gpulab.fleet import FROM_ZERO, Autoscaling, Faults, Fleet, Shortage
 from pytest_gpulab.gates import TargetRefused
 from pytest_gpulab.run import REQUEST_DTYPE, SERVER_DTYPE, Provenance, Run
-from pytest_gpulab.targets.base import Served
+from pytest_gpulab.targets.base import Served, Serving
 from pytest_gpulab.targets.eks import EksTarget
 from tests.aws.test_billing import START, claim, meter
 from tests.aws.test_preflight import World, request
@@ -32,9 +32,13 @@ T4 = Profile(model="qwen2.5-0.5b", accelerator="t4")
 FEW = Workload(arrivals=ClosedLoop(concurrency=1), shape=Shape(prompt_tokens=8, output_tokens=8), requests=4)
 
 
-def made(need: str = "g4dn.xlarge", stop: Callable[[str], None] = print) -> Lease:
+def made(need: str = "g4dn.xlarge", stop: Callable[[str], None] = print, machines: int = 1) -> Lease:
     world = World()
-    return Lease(world, preflight(world, request(Need(need, 1))), tell=print, stop=stop)
+    return Lease(world, preflight(world, request(Need(need, machines))), tell=print, stop=stop)
+
+
+def nothing_deployed(*_: object) -> NoReturn:
+    raise AssertionError("nothing must be deployed")
 
 
 def test_machines_that_are_not_the_sessions_are_refused_with_the_reason():
@@ -120,13 +124,8 @@ def test_a_run_costs_what_the_machines_cost_from_the_moment_it_was_asked_for(
 
     asked = iter([1000.0, 1600.0, 1610.0])
     monkeypatch.setattr("pytest_gpulab.targets.eks.time", SimpleNamespace(time=lambda: next(asked)))
-    target = EksTarget(
-        lambda _: Served(Endpoint("http://lb", "m"), bill, "spot 0.6 USD/h (2026-11-24)"),
-        "us-west-2",
-        "g4dn.xlarge",
-        tmp_path,
-        print,
-    )
+    served = Served(Endpoint("http://lb", "m"), bill, "spot 0.6 USD/h (2026-11-24)")
+    target = target_on(Serving(lambda _: served, nothing_deployed), tmp_path)
     monkeypatch.setattr(target, "_loading", SimpleNamespace(headroom=None, run=empty_run))
     run = target.run(FEW, T4, 0)
     assert moments == [(1000.0, 1610.0)]
@@ -138,16 +137,60 @@ def test_a_run_costs_what_the_machines_cost_from_the_moment_it_was_asked_for(
     )
 
 
-def test_a_fleet_is_refused(tmp_path: Path):
-    target = EksTarget(lambda _: Served(Endpoint("http://lb", "m")), "us-west-2", "g4dn.xlarge", tmp_path, print)
-    fleet = T4.on(FROM_ZERO)
-    assert target.server(fleet) == ""
-    with pytest.raises(TargetRefused, match="one replica at a time"):
-        target.run(FEW, fleet, 0)
+def target_on(serving: Serving, folder: Path, load_from: str = "client") -> EksTarget:
+    return EksTarget(serving, "us-west-2", "g4dn.xlarge", folder, print, load_from)
 
 
 def test_only_the_sessions_machine_serves(tmp_path: Path):
-    target = EksTarget(lambda _: Served(Endpoint("http://lb", "m")), "us-west-2", "g4dn.xlarge", tmp_path, print)
+    target = target_on(Serving(nothing_deployed, nothing_deployed), tmp_path)
     assert target.server(T4) == "vllm 0.25.1 on g4dn.xlarge, EKS in us-west-2, loaded from the client machine"
     assert target.server(Profile(model="llama-3.1-8b", accelerator="h200")) == ""
     assert target.server(T4.model_copy(update={"instance_type": "g4dn.2xlarge"})) == ""
+
+
+def test_a_fleet_is_loaded_from_the_client_machine(tmp_path: Path):
+    target = target_on(Serving(nothing_deployed, nothing_deployed), tmp_path, "cluster")
+    assert target.server(T4.on(FROM_ZERO)) == ""
+    with pytest.raises(TargetRefused, match="leave out --gpulab-load-from=cluster"):
+        target.run(FEW, T4.on(FROM_ZERO), 0)
+
+
+@pytest.mark.parametrize(
+    ("faults", "names"),
+    [
+        (Faults(shortages=(Shortage(capacity_type="spot"),)), "shortages"),
+        (Faults(losses=(5.0,), interruptions=(6.0,), pod_deletions=(7.0,)), "interruptions, losses"),
+        (Faults(never_register=True), "never_register"),
+    ],
+)
+def test_what_cannot_be_made_to_happen_on_eks_is_refused(faults: Faults, names: str, tmp_path: Path):
+    target = target_on(Serving(nothing_deployed, nothing_deployed), tmp_path)
+    harmed = T4.on(Fleet(faults=faults))
+    assert target.server(harmed) == ""
+    with pytest.raises(TargetRefused, match=f"^{names} cannot be made to happen on EKS"):
+        target.run(FEW, harmed, 0)
+    deleted = T4.on(Fleet(faults=Faults(pod_deletions=(7.0,))))
+    assert target.server(deleted) == target.server(T4) != ""
+
+
+def test_a_cold_start_on_eks_is_what_it_is(tmp_path: Path):
+    target = target_on(Serving(nothing_deployed, nothing_deployed), tmp_path)
+    lazy = T4.on(Fleet(stages="g4dn-soci"))
+    assert target.server(lazy) == ""
+    with pytest.raises(TargetRefused, match="stages=g4dn-soci cannot be had on EKS"):
+        target.run(FEW, lazy, 0)
+
+
+def test_a_fleet_has_as_many_machines_as_plan_and_budget_are_for():
+    two = made(machines=2)
+    assert two.fleet_refusal(Fleet(autoscaling=None, replicas=2)) == ""
+    assert two.fleet_refusal(Fleet(autoscaling=Autoscaling(max_replicas=8), max_gpus=2)) == "", "the pool ends it"
+    assert two.fleet_refusal(FROM_ZERO) == (
+        "the fleet may ask for 4 machines at once, but plan, quota and budget of this session are for 2: "
+        "give --gpulab-machines 4"
+    )
+    assert two.plan.usd_per_hour > made().plan.usd_per_hour
+
+
+def test_a_fleet_beyond_the_quota_is_refused_in_awss_words():
+    assert "is 8 vCPUs, but 3 of them need 12" in made(machines=3).fleet_refusal(Fleet(autoscaling=None, replicas=3))

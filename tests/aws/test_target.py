@@ -55,6 +55,37 @@ STUDY = """
             assert serving(profile).url.startswith("https://")
             assert len(gpu_pool.kube.list("apps/v1", "Deployment", "gpulab", labels=VLLM)) == 1
 """
+FLEETS = """
+    from pytest_gpulab import Autoscaling, Constant, Faults, Fleet, Shape, Workload
+    from pytest_gpulab.timeline import counts
+
+    SHORT = Workload(arrivals=Constant(rate=4), shape=Shape(prompt_tokens=64, output_tokens=8), duration_s=8)
+
+    def test_two_replicas(measure, gpu_pool):
+        two = measure(SHORT, PROFILE.on(Fleet(autoscaling=Autoscaling(min_replicas=2, max_replicas=2))))
+        for run in (two.run(0), two.run(1)):
+            assert [problem for problem in run.problems if not problem.startswith("the client")] == []
+            first, last = counts(run.timeline)[0], counts(run.timeline)[-1]
+            assert (first.nodes, last.nodes, last.nodeclaims) == (0, 0, 0)
+            assert max(count.ready for count in counts(run.timeline)) == 2
+            assert 0 < run.requests["ok"].mean() < 1
+            assert {"gpu_seconds", "gpu_busy_seconds", "cost_usd"} <= set(run.totals)
+            assert any(text.startswith("prices: g4dn.xlarge: ") for _, text in run.timeline)
+        pools = gpu_pool.kube.list("karpenter.sh/v1", "NodePool", labels=f"gpulab.dev/run={gpu_pool.run}")
+        assert {pool["spec"]["limits"]["nvidia.com/gpu"] for pool in pools} == {"2"}
+
+    def test_four_replicas(measure):
+        measure(SHORT, PROFILE.on(Fleet())).run(0)
+
+    def test_a_lost_node(measure):
+        lost = Fleet(autoscaling=None, warm=1, faults=Faults(losses=(5.0,)))
+        measure(SHORT, PROFILE.on(lost)).run(0)
+"""
+ANY_LOAD = """
+from pytest_gpulab.targets import loading
+
+loading.Loading.headroom = None  # a machine under test may be busy
+"""
 DEAR = """
 from pytest_gpulab.aws import guard, lease
 
@@ -200,6 +231,20 @@ def test_a_network_of_its_own_loaded_from_inside_needs_no_certificate(
     assert bought == {"g4dn.xlarge", "c6a.large"}
     assert world.is_empty()
     assert study.left() == []
+
+
+@pytest.mark.slow
+def test_fleets_of_as_many_machines_as_were_asked_for(world: World, project: Callable[..., Project]) -> None:
+    fleets = project(FLEETS, CONFTEST + ANY_LOAD)
+    status, output = fleets.run(*OPTIONS, "--gpulab-machines=2", "-rs")
+    assert status == 0 and "1 passed, 2 skipped" in output, output
+    assert "2 x g4dn.xlarge" in output
+    words = " ".join(output.split())
+    assert "the fleet may ask for 4 machines at once, but plan, quota and budget of this session are for 2" in words
+    assert "losses cannot be made to happen on EKS" in words
+    assert world.cluster.launched() == 2 * 2, "every run has machines of its own"
+    assert world.is_empty()
+    assert fleets.left() == []
 
 
 @pytest.mark.slow
@@ -352,6 +397,7 @@ def test_a_certificate_that_will_not_do_costs_nothing(world: World, project: Cal
         ("--gpulab-certificate=", "or load it from inside with --gpulab-load-from=cluster"),
         ("--gpulab-client-cidrs=here", "must be such as 203.0.113.7/32"),
         ("--gpulab-client-cidrs=", "give this machine's in --gpulab-client-cidrs"),
+        ("--gpulab-machines=0", "--gpulab-machines must be a whole number above 0, got '0'"),
     ],
 )
 def test_what_is_missing_is_a_usage_error(pytester: pytest.Pytester, change: str, said: str) -> None:

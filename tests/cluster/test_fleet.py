@@ -173,6 +173,18 @@ def test_a_deleted_pod_costs_a_model_load_on_its_node():
     assert max(number.nodes for number in counts(run.timeline)) == 1
 
 
+@pytest.mark.parametrize(("grace_s", "finishes"), [(30, True), (5, False)])
+def test_a_deleted_pod_finishes_what_it_has_while_it_drains(grace_s, finishes):
+    """vLLM is told to drain for all of the grace period but 5 s; without that SIGTERM aborts what runs."""
+    fleet = Fleet(autoscaling=None, warm=1, grace_s=grace_s, faults=Faults(pod_deletions=(20.0,)))
+    long = Shape(prompt_tokens=64, output_tokens=1024)
+    run = simulate_fleet(T4.on(fleet), Workload(arrivals=Constant(rate=1), shape=long, duration_s=21))
+    running = run.requests["scheduled"] < 19.0
+    late = running & (run.requests["last_token"] > 23.5)
+    assert run.requests["ok"][running].all() == finishes
+    assert late.any() == finishes
+
+
 def test_a_fleet_that_never_comes_up_is_evidence_of_that():
     run = simulate_fleet(T4.on(Fleet(faults=Faults(never_allocatable=True))), traffic(2, 300.0))
     assert delivery_ratio(run) == 0.0

@@ -23,6 +23,7 @@ from kubernetes import client, config
 
 from pytest_gpulab.engine import simulate
 from pytest_gpulab.experiment import Profile
+from pytest_gpulab.fleet import Faults
 from pytest_gpulab.render import metric_rules
 from tests.cluster import scene
 from tests.cluster.live import (
@@ -114,6 +115,25 @@ def stream(url: str, tokens: int, started: threading.Event | None = None) -> boo
         except Exception:
             return False
     return chunks == tokens
+
+
+@pytest.mark.slow
+def test_a_lost_machine_swallows_requests_until_it_is_missed(tmp_path: Path) -> None:
+    """Its pod stays an endpoint for the time that a node may be silent: every other request goes there."""
+    with served(tmp_path, speed=50.0, replicas=2) as (live, url):
+
+        def statuses() -> set[int]:
+            headers = {"Authorization": f"Bearer {KEY}"}
+            asked = (
+                live.api.rest_client.pool_manager.request("GET", f"{url}/v1/models", headers=headers) for _ in "12"
+            )
+            return {answer.status for answer in asked}
+
+        assert statuses() == {200}
+        faults = Faults(losses=(0.0,))
+        live.do(lambda: live.cluster.embedded.suffer(faults))
+        assert until("lost requests", lambda: 502 in statuses())
+        assert until("nobody sent there", lambda: statuses() == {200})
 
 
 @pytest.mark.slow

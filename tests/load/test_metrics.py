@@ -93,7 +93,20 @@ class Pages:
         return web.Response(text=text or "", status=200 if text is not None else 503)
 
 
-def scraping(pages, check):
+class Coming:
+    """Servers that the test lets come and go: numbers of pages, and whether each must show its page."""
+
+    def __init__(self):
+        self.base, self.there = "", {}
+
+    def begin(self, start):
+        raise AssertionError("the load generator begins, not the scraper")
+
+    def pages(self):
+        return {f"{self.base}/{number}": ready for number, ready in self.there.items()}
+
+
+def scraping(pages, check, coming=None):
     """Run `check(scraper)` against the pages."""
 
     async def run():
@@ -105,11 +118,12 @@ def scraping(pages, check):
         await site.start()
         base = f"http://127.0.0.1:{runner.addresses[0][1]}"
         urls = tuple(f"{base}/{number}" for number in range(len(pages.texts)))
+        if coming is not None:
+            coming.base, urls = base, ()
+        endpoint = Endpoint(base, "m", metrics_urls=urls, metrics_headers=lambda: {"X-Key": "k"})
         try:
             async with aiohttp.ClientSession() as session:
-                await check(
-                    Scraper(Endpoint(base, "m", metrics_urls=urls, metrics_headers=lambda: {"X-Key": "k"}), session)
-                )
+                await check(Scraper(endpoint, session, coming))
         finally:
             await runner.cleanup()
 
@@ -217,3 +231,76 @@ def test_a_page_that_is_not_vllms_is_no_row_of_zeros():
         assert scraper.silent == scraper.urls
 
     scraping(pages, check)
+
+
+def test_servers_come_and_go():
+    """One is there before the run, one comes later and goes; what both have done in the run is counted."""
+    pages, coming = Pages(page(100), page(7)), Coming()
+
+    async def check(scraper):
+        coming.there = {0: True}
+        await scraper.read_all(counts=False)
+        pages.texts[0] = page(110)
+        coming.there = {0: True, 1: True}
+        await scraper.read_all()
+        assert scraper.totals["generation_tokens_total"] == 10 + 7
+        assert (scraper.cut_off, scraper.silent) == (0, [])
+        coming.there = {0: True}
+        pages.texts[0] = page(115)
+        await scraper.read_all()
+        assert scraper.totals["generation_tokens_total"] == 15 + 7, "what it did is not forgotten"
+        assert (scraper.cut_off, scraper.restarts) == (1, 0)
+
+    scraping(pages, check, coming)
+
+
+def test_a_server_that_dies_unnoticed_is_cut_off():
+    """Its pod still looks Ready: samples are lost, and its last counts are known to be old."""
+    pages, coming = Pages(page(100, running=3)), Coming()
+
+    async def check(scraper):
+        coming.there = {0: True}
+        await scraper.read_all(counts=False)
+        pages.texts = [None]
+        task = asyncio.create_task(scraper.sample(time.perf_counter()))
+        while not scraper.lost:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        assert scraper.cut_off == 1
+        assert scraper.in_flight == 0
+        assert len(scraper.table) == 0
+
+    scraping(pages, check, coming)
+
+
+def test_without_any_server_nothing_runs_and_nothing_is_lost():
+    pages, coming = Pages(page(50, running=2, usage=0.4)), Coming()
+
+    async def check(scraper):
+        await scraper.read_all(counts=False)
+        task = asyncio.create_task(scraper.sample(time.perf_counter()))
+        while not len(scraper.table):
+            await asyncio.sleep(0.01)
+        coming.there = {0: True}
+        while len(scraper.table) < 3:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        rows = scraper.table
+        assert rows["num_requests_running"].tolist() == [0, 2, 2]
+        assert rows["generation_tokens_total"].tolist() == [0, 50, 50]
+        assert rows["kv_cache_usage"].tolist() == pytest.approx([0.0, 0.4, 0.4])
+        assert scraper.busy_s == pytest.approx(rows["time"][2] - rows["time"][0])
+        assert scraper.lost == 0
+
+    scraping(pages, check, coming)
+
+
+def test_a_server_that_never_shows_its_page_is_silent():
+    pages, coming = Pages(None, None), Coming()
+
+    async def check(scraper):
+        coming.there = {0: True, 1: False}
+        await scraper.read_all()
+        assert [url[-1] for url in scraper.silent] == ["0"], "the other one is not ready"
+
+    scraping(pages, check, coming)

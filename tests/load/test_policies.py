@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+
 import numpy as np
 import pytest
 
 from pytest_gpulab.engine.client import Client
 from pytest_gpulab.experiment import BoundedQueue, Direct, Gamma, Shape, Workload
-from tests.load.golden import golden_server
-from tests.load.loads import failures, load, nothing_lost
+from tests.load.golden import golden_server, truth
+from tests.load.loads import failures, load, nothing_lost, requests, without_lag
 
 SERVICE_S = 0.1
 """The server answers each request so long after it has come, however many there are: constant service time."""
@@ -64,3 +66,32 @@ def test_as_in_virtual_time(admission):
     if isinstance(admission, BoundedQueue):
         assert waited.max() < admission.max_wait_s + 0.1
         assert (np.diff(rows["sent"][~np.isnan(rows["sent"])]) >= 0).all()  # first in, first out
+
+
+def test_a_bounded_queue_waits_for_a_server_and_sends_nothing_twice():
+    """The first request meets a load balancer without a target."""
+    queue = BoundedQueue(capacity=40, max_wait_s=30.0, max_outstanding=1)
+    with golden_server(plan=["503", "plain"]) as url:
+        run = load(url, requests(20, admission=queue))
+        seen = truth(url)
+    assert run.requests["ok"].all() and not failures(run)
+    assert len(seen) == 21 and len({tuple(record["prompt"]) for record in seen}) == 20
+    assert without_lag(run.problems) == []
+    assert (np.diff(run.requests["sent"]) >= 0).all(), "first in, first out"
+    assert run.requests["sent"].min() > 0.25, "nobody is asked before a probe is answered"
+
+
+def test_a_queue_without_any_server_waits_its_time():
+    queue = BoundedQueue(capacity=40, max_wait_s=0.5, max_outstanding=2)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    run = load(url, requests(10, admission=queue), metrics=False)
+    assert failures(run) == {"dropped": 10}
+    assert np.isnan(run.requests["sent"]).all()
+
+
+def test_direct_clients_lose_what_a_balancer_refuses():
+    with golden_server(plan=["503", "503", "plain"]) as url:
+        run = load(url, requests(20))
+    assert failures(run) == {"http_503": 2}
+    assert without_lag(run.problems) == [], "an answer that nobody gave is no fault of the evidence"

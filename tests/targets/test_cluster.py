@@ -10,6 +10,12 @@ from pytest_gpulab import ClosedLoop, Profile, Shape, Workload
 from pytest_gpulab.engine import simulate
 from tests.conftest import Project
 
+# Cluster, servers and client share the machine's cores here: how late the client sends is another test's subject.
+PATIENT = """
+from pytest_gpulab.load import headroom, reconcile
+
+reconcile.MOST_LAG_S = headroom._MOST_LAG_S = 2.0
+"""
 STUDY = """
 from pytest_gpulab import ClosedLoop, Fleet, Profile, Shape, Workload
 
@@ -32,7 +38,7 @@ def test_fleet(measure):
 def test_study_runs_over_http_and_the_cluster_is_gone(project: Project, monkeypatch, tmp_path) -> None:
     """Emulated evidence that the simulator agrees with; nothing of the run is left in its state folder."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    project.pytester.makeconftest("")
+    project.pytester.makeconftest(PATIENT)
     project.write(STUDY)
     result = project.spawn("--gpulab-target=cluster", "--gpulab-campaign=quick")
     result.assert_outcomes(passed=1, skipped=1)
@@ -40,6 +46,7 @@ def test_study_runs_over_http_and_the_cluster_is_gone(project: Project, monkeypa
     served, fleet = sorted(record["evidence"], key=lambda item: item["nodeid"], reverse=True)
     assert (served["verdict"], served["basis"]) == ("supported", "emulated")
     assert fleet["verdict"] == "blocked"
+    assert "must share one clock, but cluster_speed is 100" in fleet["reason"]
     assert list((tmp_path / "gpulab" / "runs").iterdir()) == []
 
     (run,) = served["runs"]
