@@ -193,4 +193,4 @@ def test_a_fleet_has_as_many_machines_as_plan_and_budget_are_for():
 
 
 def test_a_fleet_beyond_the_quota_is_refused_in_awss_words():
-    assert "is 8 vCPUs, but 3 of them need 12" in made(machines=3).fleet_refusal(Fleet(autoscaling=None, replicas=3))
+    assert "is 8 vCPUs, but 3 machines need 12" in made(machines=3).fleet_refusal(Fleet(autoscaling=None, replicas=3))
