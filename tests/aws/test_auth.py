@@ -130,6 +130,7 @@ def test_a_connection_goes_on_with_a_renewed_token(clients, monkeypatch, tmp_pat
         served.stop()
 
 
+@pytest.mark.slow
 def test_metrics_are_read_to_the_end_of_a_run_that_outlives_its_first_token(clients, monkeypatch, tmp_path):
     """Ten minutes pass with each request to the API server, which lets a token live for 15."""
     time = 0.0

@@ -165,6 +165,7 @@ def test_a_closed_loop_is_one_pods_and_its_start_needs_no_common_clock(lab: Lab)
     assert without_lag(run.problems) == []
 
 
+@pytest.mark.slow
 def test_a_pod_that_is_killed_ends_the_run_and_is_not_replaced(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     watching = Watching(monkeypatch)
     killing = when(watching.sending, lambda: os.kill(lab.pids()[0], signal.SIGKILL))
@@ -204,6 +205,7 @@ def test_a_pod_that_falls_silent_ends_the_run(lab: Lab, monkeypatch: pytest.Monk
     assert lab.gone()
 
 
+@pytest.mark.slow
 def test_a_pod_that_comes_too_late_ends_the_run(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pods, "lead_s", -2.0)
     with pytest.raises(PodLost, match=r"wrote: too late: the start was \d\.\d s ago"):

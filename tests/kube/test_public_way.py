@@ -85,6 +85,7 @@ def test_an_authority_that_is_not_known_ends_the_wait_with_what_to_do(
         served_to("127.0.0.0/8", cluster, ledger)
 
 
+@pytest.mark.slow
 def test_who_is_not_among_the_addresses_gets_no_answer(
     cluster: Running, ledger: Ledger, authority: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +125,7 @@ def refusal(url: str, tmp_path: Path) -> str:
     return str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_certificate_of_another_host_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     certificates = new_certificates()
     path = tmp_path / "authority.pem"

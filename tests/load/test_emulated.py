@@ -78,6 +78,7 @@ def test_a_cache_that_the_workload_asks_for_is_none():
     assert without_lag(run.problems) == []
 
 
+@pytest.mark.slow
 def test_answers_that_are_given_up():
     with emulated() as endpoint:
         run = load(endpoint, WORKLOAD.model_copy(update={"timeout_s": 0.06}))
