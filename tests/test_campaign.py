@@ -76,21 +76,21 @@ def test_times_read_well(seconds: float, text: str) -> None:
 def test_a_session_is_played_through_first(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two arms of six repeats of 20 s, three server starts; with two of the runs stored there are ten left.
 
-    Nobody measures here what is for another machine; the fleet's runs are not even planned.
+    Nobody measures here what is for another machine, nor a fleet.
     """
     pytester.makepyfile(test_study=STUDY)
     config = pytester.parseconfigure(
         "--gpulab-target=vllm", "--gpulab-campaign=quick", f"--rootdir={pytester.path}", str(pytester.path)
     )
     store = RunStore(Path(pytester.path, "runs"))
-    target = SimpleNamespace(server=lambda profile: "vllm" if profile.accelerator == "t4" else "")
+    target = SimpleNamespace(server=lambda p: "vllm" if p.accelerator == "t4" and p.fleet is None else "")
     assert forecast(config, store, target) == (
         "the campaign is about 9 min, if the simulator is right about what its gates need: "
-        "12 runs, 0 are already measured; 6 more are of profiles that this target cannot serve"
+        "12 runs, 0 are already measured; 12 more are of profiles that this target cannot serve"
     )
     for seed in (0, 1):
         store.save(Question(TRAFFIC, SERVED, seed), known_run(1.0, seed=seed))
-    assert "10 runs, 2 are already measured; 6 more" in forecast(config, store, target)
+    assert "10 runs, 2 are already measured; 12 more" in forecast(config, store, target)
     target.server = lambda profile: ""
     assert "nothing is left to measure" in forecast(config, store, target)
     assert not Path(pytester.path, "reports").exists()
