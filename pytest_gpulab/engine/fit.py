@@ -291,13 +291,14 @@ def predict(cases: Iterable[Case], vector: Vector) -> list[Prediction]:
 
 def leave_one_out(cases: Sequence[Case], prior: Vector) -> list[Prediction]:
     """Each case predicted by a fit without it, nor any other of its arm, which starts from `prior` again."""
-    arms: dict[str, list[Case]] = {}
+    arms: dict[str, list[int]] = {}
     for index, case in enumerate(cases):
-        arms.setdefault(case.run.arm or str(index), []).append(case)
-    rest = [[case for case in cases if case not in arm] for arm in arms.values()]
+        arms.setdefault(case.run.arm or str(index), []).append(index)
+    rest = [[case for index, case in enumerate(cases) if index not in arm] for arm in arms.values()]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         vectors = list(pool.map(fit_vector, rest, [prior] * len(rest)))
-    return [one for arm, vector in zip(arms.values(), vectors, strict=True) for one in predict(arm, vector)]
+    left_out = zip(arms.values(), vectors, strict=True)
+    return [one for arm, vector in left_out for one in predict([cases[index] for index in arm], vector)]
 
 
 def open_from_closed(cases: Sequence[Case], prior: Vector) -> list[Prediction]:

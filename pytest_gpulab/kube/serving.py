@@ -124,7 +124,7 @@ def wait_for_replicas(pool: Pool, deployment: Object, wanted: int, old: frozense
     kube, name = pool.kube, Ref.of(deployment)
 
     def pods() -> list[Object]:
-        return kube.list("v1", "Pod", name.namespace, labels=selector_of(deployment))
+        return _pods_of(kube, deployment)
 
     def ready() -> list[Object]:
         return [pod for pod in pods() if is_true(pod, "Ready")]
@@ -165,7 +165,7 @@ def wait_for_answer(pool: Pool, endpoint: Endpoint, deployment: Object) -> None:
     kube, name = pool.kube, Ref.of(deployment)
 
     def pods() -> list[Object]:
-        return kube.list("v1", "Pod", name.namespace, labels=selector_of(deployment))
+        return _pods_of(kube, deployment)
 
     wait(
         kube,
@@ -175,6 +175,10 @@ def wait_for_answer(pool: Pool, endpoint: Endpoint, deployment: Object) -> None:
         fails=lambda: pod_failure(pods()),
         about=lambda: [*_existing(kube, name._replace(api_version=_INGRESS, kind="Ingress")), *pods()],
     )
+
+
+def _pods_of(kube: Kube, deployment: Object) -> list[Object]:
+    return kube.list("v1", "Pod", Ref.of(deployment).namespace, labels=selector_of(deployment))
 
 
 def selector_of(deployment: Object) -> str:
