@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import signal
 from pathlib import Path
 
-from pytest_gpulab.serving.command import loop_factory, port
+from pytest_gpulab.serving.command import loop_factory, port, stopping_on_signals
 
 
 def add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -43,14 +42,12 @@ async def _run(options: argparse.Namespace) -> None:
 
     path: Path = options.kubeconfig
     faults = Faults.model_validate_json(options.faults.read_text(encoding="utf-8")) if options.faults else NO_FAULTS
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with live_cluster(port=options.port, speed=options.speed, seed=options.seed, faults=faults) as cluster:
-        cluster.api.write_kubeconfig(path)
-        try:
-            print(f"{cluster.api.url} is up: kubectl --kubeconfig {path} get nodes", flush=True)
-            cluster.failed.add_done_callback(lambda failed: stop.set())
-            await stop.wait()
-        finally:
-            path.unlink(missing_ok=True)
+    with stopping_on_signals() as stop:
+        async with live_cluster(port=options.port, speed=options.speed, seed=options.seed, faults=faults) as cluster:
+            cluster.api.write_kubeconfig(path)
+            try:
+                print(f"{cluster.api.url} is up: kubectl --kubeconfig {path} get nodes", flush=True)
+                cluster.failed.add_done_callback(lambda failed: stop.set())
+                await stop.wait()
+            finally:
+                path.unlink(missing_ok=True)

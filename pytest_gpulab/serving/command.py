@@ -6,7 +6,8 @@ import argparse
 import asyncio
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 _DEFAULT_PORT = 8000
 
@@ -58,6 +59,22 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
+@contextmanager
+def stopping_on_signals() -> Iterator[asyncio.Event]:
+    """An event that SIGINT and SIGTERM set while the running loop is in here; afterwards they end the process again.
+
+    A loop of uvloop's that is closed with handlers leaves its own behind, which swallows every signal.
+    """
+    loop, stop, signals = asyncio.get_running_loop(), asyncio.Event(), (signal.SIGINT, signal.SIGTERM)
+    for number in signals:
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield stop
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
 async def _serve(options: argparse.Namespace) -> None:
     from pytest_gpulab.experiment import EngineArgs, Profile
     from pytest_gpulab.serving.server import serve
@@ -67,16 +84,14 @@ async def _serve(options: argparse.Namespace) -> None:
         accelerator=options.accelerator,
         engine_args=EngineArgs.model_validate_json(options.engine_args),
     )
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with serve(
-        profile,
-        host=options.host,
-        port=options.port,
-        speed=options.speed,
-        model_name=options.served_model_name,
-        api_key=options.api_key,
-    ) as server:
-        print(server.url, flush=True)
-        await stop.wait()
+    with stopping_on_signals() as stop:
+        async with serve(
+            profile,
+            host=options.host,
+            port=options.port,
+            speed=options.speed,
+            model_name=options.served_model_name,
+            api_key=options.api_key,
+        ) as server:
+            print(server.url, flush=True)
+            await stop.wait()

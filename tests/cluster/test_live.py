@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -60,10 +61,11 @@ def status(url: str) -> int:
 def test_from_nothing_to_v1_and_back_to_zero(tmp_path: Path) -> None:
     live = Live(tmp_path, speed=FAST)
     assert not live.gpu_nodes()
-    live.create(SECRET, POOL, deployment(), SERVICE, CLASS, ingress())
+    live.create(SECRET, POOL, SERVICE, CLASS, ingress())
     edge = until("a balancer", live.edge)
     client = openai_client(edge)
     assert status(f"{edge}/v1/models") == 503, "no target yet"
+    live.create(deployment())
     pod = ready(live)[0].metadata.name
     assert len(live.gpu_nodes()) == 1
 
@@ -193,3 +195,4 @@ def test_a_crash_of_a_controller_ends_the_command(
         cli.main(["cluster", "--kubeconfig", str(path)])
     assert isinstance(crashed.value.__cause__, ZeroDivisionError)
     assert not path.exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "Ctrl-C ends what comes after it"

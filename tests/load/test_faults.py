@@ -64,8 +64,9 @@ def test_a_server_that_hangs(answer, limit):
     fields, options = limits[limit]
     with golden_server(plan=["plain", "plain", answer]) as url:
         run = load(url, requests(12, rate=100.0, **fields), **options)
-    assert failures(run) == {"timeout": 10}
+    assert set(failures(run)) == {"timeout"}
     assert nothing_lost(run, 12)
+    assert run.requests["ok"].sum() <= 2, "a busy machine may be too slow for the plain answers, too"
     assert 0.3 < run.duration_s < 5.0
 
 

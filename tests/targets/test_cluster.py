@@ -14,7 +14,7 @@ from tests.conftest import Project
 PATIENT = """
 from pytest_gpulab.load import headroom, reconcile
 
-reconcile.MOST_LAG_S = headroom._MOST_LAG_S = 2.0
+reconcile.MOST_LAG_S = headroom._MOST_LAG_S = 60.0
 """
 STUDY = """
 from pytest_gpulab import ClosedLoop, Fleet, Profile, Shape, Workload
@@ -64,7 +64,7 @@ def test_study_runs_over_http_and_the_cluster_is_gone(project: Project, monkeypa
 def test_the_same_study_loaded_from_inside(project: Project, monkeypatch, tmp_path) -> None:
     """The record says so, and the load balancer that nobody needs was not made."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    project.pytester.makeconftest(WATCHED)
+    project.pytester.makeconftest(PATIENT + WATCHED)
     project.write(STUDY)
     options = ("--gpulab-target=cluster", "--gpulab-load-from=cluster", "--gpulab-campaign=quick")
     result = project.spawn(*options)
