@@ -314,6 +314,11 @@ def test_files_that_are_no_data_are_refused(tmp_path, name, content, words):
         read_runs(tmp_path / name)
 
 
+def test_data_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(BadData, match="must be a file, or a folder of --gpulab-runs, got nothing there"):
+        read_runs(tmp_path / "runs")
+
+
 @pytest.mark.parametrize(
     ("column", "value", "words"),
     [

@@ -127,6 +127,8 @@ def read_runs(path: Path) -> list[MeasuredRun]:
                 return list(read(path))
             except (OSError, EOFError, UnicodeDecodeError) as error:
                 raise BadData(f"{path}: must be a readable {suffix} file, got {error}") from error
+    if not path.exists():
+        raise BadData(f"{path}: must be a file, or a folder of --gpulab-runs, got nothing there")
     raise BadData(f"{path}: must be named {', '.join(readers)}, got {path.name!r}")
 
 
