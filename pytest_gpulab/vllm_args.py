@@ -21,16 +21,21 @@ _IGNORED = (
 )
 """Flags with a value that change nothing about speed or scheduling."""
 
+_ALWAYS = {"block_size", "gpu_memory_utilization"}
+"""What vLLM chooses by its version and the attention kernels of the machine: the record states it, so it is passed."""
+
 
 def to_argv(profile: Profile, model: str | None = None) -> list[str]:
-    """Arguments of vLLM's API server that serve `profile`; engine arguments at their defaults are left out.
+    """Arguments of vLLM's API server that serve `profile`; what vLLM takes by default is left out.
 
     Args:
         model: a folder or repository to load; default: where the model is published. Clients call it by the
             profile's name in either case.
     """
     argv = ["--model", model or find_model(profile.model).repository, "--served-model-name", profile.model]
-    for name, value in profile.engine_args.model_dump(exclude_defaults=True).items():
+    args = profile.engine_args
+    stated = {**args.model_dump(exclude_defaults=True), **args.model_dump(include=_ALWAYS)}
+    for name, value in stated.items():
         argv += _flag(name, value)
     return argv
 

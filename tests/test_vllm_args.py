@@ -13,11 +13,13 @@ from pytest_gpulab.vllm_args import from_argv, to_argv
 T4 = Profile(model="qwen2.5-0.5b", accelerator="t4", engine_args={"max_model_len": 9216})
 
 
-def test_defaults_are_left_to_vllm():
+def test_defaults_are_left_to_vllm_but_those_that_differ_by_version_and_machine():
     assert to_argv(T4) == [
         *("--model", "Qwen/Qwen2.5-0.5B-Instruct"),
         *("--served-model-name", "qwen2.5-0.5b"),
         *("--max-model-len", "9216"),
+        *("--gpu-memory-utilization", "0.92"),
+        *("--block-size", "16"),
     ]
 
 

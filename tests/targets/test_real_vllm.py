@@ -36,7 +36,11 @@ pytestmark = [
     pytest.mark.skipif("GPULAB_TEST_VLLM" not in os.environ, reason="needs real vLLM: make test-vllm"),
 ]
 
-PROFILE = {"model": "tiny", "accelerator": "cpu", "engine_args": {"max_model_len": 1024, "enforce_eager": True}}
+PROFILE = {
+    "model": "tiny",
+    "accelerator": "cpu",
+    "engine_args": {"max_model_len": 1024, "enforce_eager": True, "block_size": 128},
+}
 
 SHORT = Workload(arrivals=Constant(rate=4), shape=Shape(prompt_tokens=64, output_tokens=16), duration_s=2)
 
