@@ -22,7 +22,7 @@ _IGNORED = (
 """Flags with a value that change nothing about speed or scheduling."""
 
 _ALWAYS = {"block_size", "gpu_memory_utilization"}
-"""What vLLM chooses by its version and the attention kernels of the machine: the record states it, so it is passed."""
+"""What vLLM chooses by its version and the machine's attention kernels: the record states it, so it is passed."""
 
 
 def to_argv(profile: Profile, model: str | None = None) -> list[str]:

@@ -150,6 +150,19 @@ def test_markdown_has_a_section_a_decision(project: Project) -> None:
         assert part in text
 
 
+def test_markdown_shows_each_item_with_its_own_gates_and_arms(project: Project) -> None:
+    project.write(
+        "@decision('d', 'It holds')\n@pytest.mark.parametrize('n', [1, 3])\n"
+        "def test_it(served, n):\n    assert served(n).p50 <= 2.0\n"
+    ).run()
+    text = project.file(".md").read_text()
+    _, one, three = text.split("\n### ")
+    assert one.startswith("test\\_it\\[1\\]: supported") and three.startswith("test\\_it\\[3\\]: rejected")
+    assert "| 1 s | " in one and "| 3 s | " not in one
+    assert "- 1 s: Poisson(rate=1), Shape(prompt\\_tokens=10, output\\_tokens=11), requests=200; " in one
+    assert "qwen2.5-0.5b on t4, max\\_num\\_seqs=1\n" in one
+
+
 def test_text_cannot_break_the_markdown(project: Project) -> None:
     project.write('@decision("d", "a | b <script> *c*")\ndef test_it():\n    blocked("x | y\\nz <b>")\n').run()
     text = project.file(".md").read_text()

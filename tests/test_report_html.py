@@ -39,7 +39,7 @@ def gate(**changes: object) -> Gate:
 def arm(**changes: object) -> RunSummary:
     fields = {
         "id": "a", "label": "direct", "target": "sim", "basis": "simulated", "server": "t4",
-        "workload": {}, "profile": {}, "seeds": (0, 1, 2, 3, 4, 5),
+        "workload": {}, "profile": {"model": "llama-3.1-8b", "accelerator": "h200"}, "seeds": (0, 1, 2, 3, 4, 5),
         "figures": (figure("delivery ratio", 0.998, "ratio"), figure("p95 e2e", math.inf, low=2.5)),
     }  # fmt: skip
     return RunSummary.model_validate(fields | changes)
@@ -278,7 +278,7 @@ def test_report_of_passed_skipped_failed_and_broken_tests(pytester, mode):
 
 def test_an_arm_with_a_fleet_adds_its_columns():
     ready = Figure(label="first replica ready", value=441.0, low=430.0, high=450.0, n=6, unit="s")
-    fleet = arm(figures=(ready,), profile={"fleet": {"warm": 0}})
+    fleet = arm(figures=(ready,), profile={**arm().profile, "fleet": {"warm": 0}})
     block = html.experiment({}, "", [], [fleet, arm()], [], {})
     assert "1st ready" in block and "441 s<small>430 to 450</small>" in block
     assert "1st ready" not in html.experiment({}, "", [], [arm()], [], {})

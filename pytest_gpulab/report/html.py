@@ -7,6 +7,7 @@ The hooks and their functions: ``pytest_html_results_table_header`` `header_cell
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -14,6 +15,7 @@ from typing import Any, get_args
 
 from pytest_gpulab.gates import Figure, Gate, Ledger, Outcome
 from pytest_gpulab.record import Decision, RunSummary, Verdict
+from pytest_gpulab.report.arm import in_words
 from pytest_gpulab.report.canvas import colour, number
 from pytest_gpulab.report.style import CSS
 
@@ -214,14 +216,15 @@ def _arm_row(run: RunSummary, columns: Iterable[str], shade: str) -> str:
     fixed = any(figure.deterministic for figure in run.figures)
     repeats = "1<small>deterministic</small>" if fixed else str(len(run.seeds))
     return (
-        f'<tr><td><span class="gpulab-swatch" style="background:{shade}"></span>{escape(run.label)}</td>'
+        f'<tr><td><span class="gpulab-swatch" style="background:{shade}"></span>{escape(run.label)}'
+        f'<small class="gpulab-arm">{escape(in_words(run))}</small></td>'
         f'<td class="gpulab-n">{repeats}</td>{cells}</tr>'
     )
 
 
 def _figure(figure: Figure | None) -> str:
     """Value and unit, the interval in small print below; ratios in per cent."""
-    if figure is None:
+    if figure is None or math.isnan(figure.value):
         return "–"
     factor, unit = (100.0, "%") if figure.unit == "ratio" else (1.0, figure.unit)
     if 0 < figure.value < 0.1 and unit == "s":

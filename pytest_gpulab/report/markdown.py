@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
+
+from pytest_gpulab.report.arm import in_words
 
 if TYPE_CHECKING:
     from pytest_gpulab.gates import Figure, Gate
@@ -67,8 +69,7 @@ def _decision(decision: Decision) -> list[str]:
         f"{_text(decision.statement)}.".replace("..", "."),
         "",
         f"**{decision.verdict}**, {_basis(decision.basis)}: {_text(decision.reason)}",
-        *_gate_table(decision.gates),
-        *_run_table(decision.runs),
+        *_items(decision),
         "",
         *_provenance(decision),
     ]
@@ -79,6 +80,16 @@ def _decision(decision: Decision) -> list[str]:
             : 1 + len(without) if without else 0
         ]
     )
+
+
+def _items(decision: Decision) -> Iterator[str]:
+    """The gates and runs of each item; under its name where there are several."""
+    runs = {run.id: run for run in decision.runs}
+    for item in decision.items:
+        if len(decision.items) > 1 and item.gates:
+            yield from ("", f"### {_text(item.nodeid.rpartition('::')[2])}: {item.verdict or 'no verdict'}")
+        yield from _gate_table(item.gates)
+        yield from _run_table([runs[id] for id in item.runs])
 
 
 def _evidence(evidence: Evidence) -> list[str]:
@@ -121,7 +132,9 @@ def _run_table(runs: Sequence[RunSummary]) -> list[str]:
         _row("run", "repeats", *columns.values()),
         _row("---", "---:", *("---:" for _ in columns)),
         *(_run_row(run, columns) for run in runs),
-        *(f"\n{_text(run.label)}: {_text(problem)}" for run in runs for problem in run.problems),
+        "",
+        *(f"- {_text(run.label)}: {_text(in_words(run))}" for run in runs),
+        *(f"- {_text(run.label)} is invalid evidence: {_text(problem)}" for run in runs for problem in run.problems),
     ]
 
 
@@ -133,7 +146,7 @@ def _run_row(run: RunSummary, columns: Iterable[str]) -> str:
 
 
 def _figure(figure: Figure | None) -> str:
-    if figure is None:
+    if figure is None or math.isnan(figure.value):
         return "–"
     if figure.unit == "ratio":
         return f"{100 * figure.value:.4g} %"

@@ -49,6 +49,7 @@ body:has(.gpulab-board) #results-table tr.collapsible > td:not(.col-result) { co
 .gpulab-outcome-undecided { color: #6e40c9; font-weight: 600; }
 .gpulab-problem { border-left: 3px solid #c02630; padding-left: 8px; }
 .gpulab-swatch { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 7px; }
+.gpulab-arm { display: block; min-width: 34ch; max-width: 60ch; }
 .gpulab-plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 600px), 1fr)); gap: 14px;
   margin-top: 14px; align-items: start; }
 .gpulab-plot { display: block; width: 100%; max-width: 760px; height: auto; border: 1px solid #d9dee3;
