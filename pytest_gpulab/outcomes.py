@@ -131,7 +131,7 @@ def _decision(id: str, statement: str, parts: list[tuple[Item, Mapping[str, Any]
         runs=runs,
         provenance=Provenance(
             target=setting.target,
-            accelerator=setting.accelerator,
+            accelerator=", ".join(sorted({run.profile["accelerator"] for run in runs})) or setting.accelerator,
             seeds=tuple(sorted({seed for run in runs for seed in run.seeds})),
             definition_hash=_definition_hash(runs, gates),
             git_commit=setting.git_commit,

@@ -51,6 +51,7 @@ class Provenance(_Part):
 
     target: str
     accelerator: str
+    """Of the runs' profiles; the session's where nothing ran."""
     seeds: tuple[int, ...]
     definition_hash: str
     """Hash over the ids of all runs and the texts of all gates."""
@@ -116,6 +117,7 @@ class Record(_Part):
     schema_version: Literal[1] = 1
     target: str
     accelerator: str
+    """What the session asked for; a decision's provenance says what its profiles have."""
     session: SessionInfo
     decisions: tuple[Decision, ...]
     evidence: tuple[Evidence, ...]

@@ -73,6 +73,16 @@ def test_commit_and_uncommitted_changes(project: Project) -> None:
     assert project.decision("yes").provenance.git_commit == f"{commit}+dirty"
 
 
+def test_provenance_names_the_accelerators_of_the_profiles(project: Project) -> None:
+    """Not the session's, which an experiment with a profile of its own need not ask."""
+    body = GOOD + "\n@decision('none', 's')\ndef test_none():\n    blocked('no capacity')\n"
+    project.write(body).run("--gpulab-accelerator=h200")
+    assert project.record.accelerator == "h200"
+    assert project.decision("none").provenance.accelerator == "h200"
+    others = {decision.provenance.accelerator for decision in project.record.decisions if decision.id != "none"}
+    assert others == {"t4"}
+
+
 def test_undelivered_requests_survive_json(project: Project) -> None:
     conftest = (project.path / "conftest.py").read_text()
     (project.path / "conftest.py").write_text(conftest.replace("seed=seed,", "seed=seed, delivered=20,"))

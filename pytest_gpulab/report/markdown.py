@@ -40,7 +40,7 @@ def to_markdown(record: Record) -> str:
     lines = [
         "# Decision record",
         "",
-        f"Target {record.target}, accelerator {record.accelerator}, seeds from {info.first_seed}, up to "
+        f"Target {record.target}, --gpulab-accelerator={record.accelerator}, seeds from {info.first_seed}, up to "
         f"{info.max_repeats} repeats. Started {info.started}, {info.seconds:g} s.",
     ]
     if info.narrowed:
