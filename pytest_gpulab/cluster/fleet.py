@@ -27,6 +27,7 @@ from pytest_gpulab.cluster.timeline import Timeline
 from pytest_gpulab.engine.calibration import find_variant, variant_name
 from pytest_gpulab.engine.jumping import NeedsStepping
 from pytest_gpulab.engine.outcome import totals
+from pytest_gpulab.engine.scheduler import EngineRefused
 from pytest_gpulab.engine.simulation import definition_hash, make_plan
 from pytest_gpulab.errors import unknown_name
 from pytest_gpulab.experiment import ClosedLoop, Direct, Profile, Workload, require_servable
@@ -50,8 +51,8 @@ def simulate_fleet(profile: Profile, workload: Workload, *, seed: int = 0) -> Ru
 
     Raises:
         ValueError: the profile has no fleet, and what `engine.simulate` refuses.
-        FleetRefused: workloads with a closed loop or a timeout, engine arguments that need the exact scheduler, and
-            warm replicas that do not become ready.
+        FleetRefused: workloads with a closed loop or a timeout, engine arguments that need the exact scheduler or
+            that no engine starts with, and warm replicas that do not become ready.
     """
     if profile.fleet is None:
         raise ValueError("a fleet must be given, got a profile without; write profile.on(Fleet(...))")
@@ -60,7 +61,7 @@ def simulate_fleet(profile: Profile, workload: Workload, *, seed: int = 0) -> Ru
         raise FleetRefused("a fleet serves open arrivals without a timeout; leave timeout_s out and give a rate")
     try:
         return _Simulation(profile, workload, profile.fleet, seed).run()
-    except (NeedsStepping, DeadlineExceeded) as refusal:
+    except (EngineRefused, NeedsStepping, DeadlineExceeded) as refusal:
         raise FleetRefused(str(refusal)) from refusal
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from pytest_gpulab.accelerators import GIB, Accelerator, find_accelerator
-from pytest_gpulab.engine.scheduler import SchedulerConfig
+from pytest_gpulab.engine.scheduler import EngineRefused, SchedulerConfig
 from pytest_gpulab.experiment import Profile
 from pytest_gpulab.models import Model, find_model
 
@@ -60,7 +60,7 @@ def bytes_per_block(profile: Profile) -> int:
 
 
 def kv_blocks(profile: Profile, reserved_bytes: int = 0) -> int:
-    """KV blocks that vLLM allocates, the null block included. ValueError when the memory holds no block.
+    """KV blocks that vLLM allocates, the null block included. EngineRefused when the memory holds no block.
 
     `reserved_bytes` is the calibration's: measured bytes that neither weights nor KV cache took, at the
     accelerator's default token budget. 0 means not measured; then a formula estimates it.
@@ -78,7 +78,7 @@ def kv_blocks(profile: Profile, reserved_bytes: int = 0) -> int:
     left = allowed - weight_bytes(model, args.quantization) - reserved
     blocks = left // bytes_per_block(profile)
     if blocks < 2:
-        raise ValueError(
+        raise EngineRefused(
             f"the KV cache of {profile.model} on {profile.accelerator} must have at least 2 blocks, but weights and "
             f"activations leave {left} bytes at gpu_memory_utilization={args.gpu_memory_utilization}; raise it, "
             "lower max_num_batched_tokens, quantize, or take an accelerator with more memory"
@@ -87,10 +87,10 @@ def kv_blocks(profile: Profile, reserved_bytes: int = 0) -> int:
 
 
 def scheduler_config(profile: Profile, reserved_bytes: int = 0) -> SchedulerConfig:
-    """The profile's engine arguments with vLLM's defaults filled in. ValueError for what vLLM would refuse."""
+    """The profile's engine arguments with vLLM's defaults filled in. EngineRefused for what cannot be served."""
     args = profile.engine_args
     if not args.enable_chunked_prefill:
-        raise ValueError(
+        raise EngineRefused(
             "enable_chunked_prefill must be True, got False: the engine models vLLM's V1 scheduler with chunked "
             "prefill; raise max_num_batched_tokens to max_model_len to keep prompts whole"
         )

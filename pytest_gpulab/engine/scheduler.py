@@ -22,11 +22,15 @@ from dataclasses import dataclass, field
 from pytest_gpulab.engine.blocks import BlockHashes, BlockPool, unique_hashes
 
 
+class EngineRefused(ValueError):
+    """No engine starts with these arguments: vLLM refuses them, or its model here lacks them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     """vLLM's scheduler and cache settings, by vLLM's names and with its defaults where it has fixed ones.
 
-    ValueError for settings that vLLM refuses at start-up.
+    EngineRefused for settings that vLLM refuses at start-up.
     """
 
     num_blocks: int  # KV blocks, the null block included
@@ -45,15 +49,15 @@ class SchedulerConfig:
             _at_least(name, getattr(self, name), 1)
         _at_least("long_prefill_token_threshold", self.long_prefill_token_threshold, 0)
         if not 0.0 <= self.watermark < 1.0:
-            raise ValueError(f"watermark must be in [0, 1), got {self.watermark}: use a share of num_blocks")
+            raise EngineRefused(f"watermark must be in [0, 1), got {self.watermark}: use a share of num_blocks")
         if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ValueError(
+            raise EngineRefused(
                 f"max_num_batched_tokens must be at least max_num_seqs ({self.max_num_seqs}), got "
                 f"{self.max_num_batched_tokens}: raise it or lower max_num_seqs"
             )
         longest = -(-self.max_model_len // self.block_size)
         if self.num_blocks < longest:
-            raise ValueError(
+            raise EngineRefused(
                 f"num_blocks must be at least {longest}, the blocks of one request of max_model_len="
                 f"{self.max_model_len}, got {self.num_blocks}: lower max_model_len or give the engine more "
                 "KV cache memory"
@@ -67,7 +71,7 @@ class SchedulerConfig:
 
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}: raise it")
+        raise EngineRefused(f"{name} must be at least {least}, got {value}: raise it")
 
 
 @dataclass(slots=True, eq=False)

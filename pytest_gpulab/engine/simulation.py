@@ -23,8 +23,9 @@ def simulate(profile: Profile, workload: Workload, *, calibration: str | None = 
         seed: of arrivals and shapes. The same definitions and seed give the same run.
 
     Raises:
-        ValueError: the calibration does not fit the profile, vLLM would refuse the engine arguments, or a request
-            of the workload is longer than ``max_model_len``.
+        ValueError: the calibration does not fit the profile, or a request of the workload is longer than
+            ``max_model_len``.
+        EngineRefused: no engine starts with the profile's arguments.
     """
     require_servable(workload, profile)
     source, variant = find_variant(profile, calibration)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Self
 from pytest_gpulab.cluster.cloud import INSTANCE_TYPES, SPOT_SHARE
 from pytest_gpulab.engine.calibration import find_variant, variant_name
 from pytest_gpulab.errors import unknown_name
+from pytest_gpulab.engine.defaults import scheduler_config
 from pytest_gpulab.experiment import Profile, Workload
 from pytest_gpulab.gates import TargetRefused
 from pytest_gpulab.render import instance_type_of
@@ -52,9 +53,10 @@ class ClusterTarget:
         return f"emulated by {find_variant(profile)[0].name} {variant_name(profile)}{cluster}{loaded}"
 
     def run(self, workload: Workload, profile: Profile, seed: int) -> Run:
-        """Have the profile served, or its fleet deployed, and load it. TargetRefused without a calibration."""
+        """Have the profile served, or its fleet deployed, and load it. TargetRefused when it cannot be emulated."""
         try:
-            error = find_variant(profile)[1].relative_error
+            calibration, variant = find_variant(profile)
+            scheduler_config(profile, calibration.reserved_bytes)
         except ValueError as refusal:
             raise TargetRefused(str(refusal)) from None
         if unloadable := loading_refusal(profile, self._load_from):
@@ -67,7 +69,7 @@ class ClusterTarget:
             target=self.name,
             basis=self.basis,
             server=self.server(profile),
-            relative_error=error,
+            relative_error=variant.relative_error,
         )
         if profile.fleet is None:
             served = self._serving.serve(profile)

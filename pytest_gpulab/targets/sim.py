@@ -31,16 +31,20 @@ class Sim:
         return ""
 
     def run(self, workload: Workload, profile: Profile, seed: int) -> Run:
-        """Simulate; refused without a calibration, and where a fleet cannot follow."""
+        """Simulate; refused without a calibration, where no engine would start, and where a fleet cannot follow."""
         from pytest_gpulab.engine import simulate
         from pytest_gpulab.engine.calibration import find_variant
+        from pytest_gpulab.engine.scheduler import EngineRefused
 
         try:
             find_variant(profile)
         except ValueError as refusal:
             raise TargetRefused(str(refusal)) from None
         if profile.fleet is None:
-            return simulate(profile, workload, seed=seed)
+            try:
+                return simulate(profile, workload, seed=seed)
+            except EngineRefused as refusal:
+                raise TargetRefused(str(refusal)) from None
         from pytest_gpulab.cluster.fleet import FleetRefused, simulate_fleet
 
         try:
