@@ -101,6 +101,19 @@ class Trace(Definition):
         return rows
 
 
+def _trace_row(index: int, row: Any) -> tuple[float, int, int]:
+    try:
+        arrival_s, prompt_tokens, output_tokens = (float(value) for value in row)
+        if prompt_tokens.is_integer() and output_tokens.is_integer():
+            return arrival_s, int(prompt_tokens), int(output_tokens)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(
+        f"row {index}: a trace's rows must be (arrival in seconds, prompt tokens, output tokens), whole numbers of "
+        f"tokens, got {row!r}"
+    )
+
+
 Arrivals = Annotated[
     Constant | Poisson | Gamma | Ramp | SpikeToZero | ClosedLoop | Trace, Field(discriminator="kind")
 ]
@@ -204,8 +217,8 @@ class Workload(Definition):
 
     @classmethod
     def from_trace(cls, rows: Iterable[tuple[float, int, int]], **fields: Any) -> Self:
-        """A workload of recorded (arrival_s, prompt_tokens, output_tokens)."""
-        plain = tuple((float(arrival_s), int(prompt), int(output)) for arrival_s, prompt, output in rows)
+        """A workload of recorded (arrival_s, prompt_tokens, output_tokens). ValueError for other rows."""
+        plain = tuple(_trace_row(index, row) for index, row in enumerate(rows))
         return cls(arrivals=Trace(rows=plain), **fields)
 
     @model_validator(mode="after")
