@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -12,21 +13,48 @@ from pytest_gpulab.errors import unknown_name
 
 
 class Definition(BaseModel):
-    """A frozen piece of an experiment; unknown fields are refused with the nearest name."""
+    """A frozen piece of an experiment; unknown fields are refused with the nearest name.
+
+    ValidationError for a value that a field cannot have, TypeError for one without the name of its field.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def __init__(self, *unnamed: object, **fields: Any) -> None:
+        __tracebackhide__ = True  # the mistake is the caller's
+        if unnamed:
+            raise TypeError(f"{type(self).__name__} takes its fields by name: {_named(type(self), unnamed, fields)}")
+        super().__init__(**fields)
+
     @model_validator(mode="before")
     @classmethod
-    def _name_unknown_fields(cls, values: Any) -> Any:
+    def _values_are_of_fields(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            for name in values:
+            for name, value in values.items():
                 if name not in cls.model_fields:
                     raise ValueError(unknown_name(f"field of {cls.__name__}", str(name), cls.model_fields))
+                if isinstance(value, type) and issubclass(value, Definition):
+                    kind = value.__name__
+                    raise ValueError(f"{name} must be one {kind}, got the class; write {kind}(...)")
         return values
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with the fields of `update` changed, validated like one that is written out.
+
+        Nothing in it can change, so it is never `deep`.
+        """
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self)(**{**given, **(update or {})})
 
     @property
     def definition_hash(self) -> str:
         """First 16 hex digits of the SHA-256 of the canonical JSON: equal definitions, equal hash."""
         canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _named(kind: type[Definition], unnamed: tuple[object, ...], fields: Mapping[str, object]) -> str:
+    """How `kind` is written with names: `unnamed` are taken for its first fields, in order."""
+    names = (name for name in kind.model_fields if name != "kind")
+    meant = {**dict(zip(names, unnamed, strict=False)), **fields}
+    return f"{kind.__name__}({', '.join(f'{name}={value!r}' for name, value in meant.items())})"

@@ -330,8 +330,7 @@ class Profile(Definition):
 
     def with_engine_args(self, **changes: Any) -> Self:
         """The same profile with some engine arguments changed (validated)."""
-        args = EngineArgs(**{**self.engine_args.model_dump(), **changes})
-        return self.model_copy(update={"engine_args": args})
+        return self.model_copy(update={"engine_args": self.engine_args.model_copy(update=changes)})
 
     def on(self, fleet: Fleet) -> Self:
         """The same profile, deployed as `fleet`."""

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from pydantic import ValidationError
 
-from pytest_gpulab import ClosedLoop, Constant, EngineArgs, Lengths, Mix, Poisson, Profile, Shape, Workload
+from pytest_gpulab import (
+    ClosedLoop,
+    Constant,
+    Direct,
+    EngineArgs,
+    Gamma,
+    Lengths,
+    Mix,
+    Poisson,
+    Profile,
+    Shape,
+    SpikeToZero,
+    Workload,
+)
+from pytest_gpulab.cluster.cloud import INSTANCE_TYPES, InstanceType
 from pytest_gpulab.experiment import require_servable
 from pytest_gpulab.fleet import Faults, Fleet, Shortage
 
@@ -101,3 +117,57 @@ def test_changed_engine_arguments_are_validated_and_leave_the_original_alone() -
     assert capped.engine_args.max_model_len == 9216
     with pytest.raises(ValidationError, match="max_num_seqs"):
         T4.with_engine_args(max_num_seqs=0)
+    with pytest.raises(ValidationError, match=r"max_model_len must be at most 32768 for .*, got 200000"):
+        T4.with_engine_args(max_model_len=200_000)
+
+
+def test_a_changed_definition_is_the_one_written_out() -> None:
+    written = Profile(model="qwen2.5-0.5b", accelerator="t4", engine_args={"max_model_len": 9216, "max_num_seqs": 16})
+    fleet = Fleet(warm=1)
+    for changed, out in (
+        (T4.with_engine_args(max_num_seqs=16), written),
+        (T4.with_engine_args(max_num_seqs=16).on(fleet), Profile(**{**dict(written), "fleet": fleet})),
+    ):
+        assert changed == out and changed.definition_hash == out.definition_hash
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda: T4.on(Fleet), "fleet must be one Fleet, got the class; write Fleet"),  # type: ignore[arg-type]
+        (lambda: T4.on("fleet"), "instance of Fleet"),  # type: ignore[arg-type]
+        (lambda: T4.model_copy(update={"accelerator": "t5"}), "unknown accelerator 't5'"),
+        (lambda: T4.model_copy(update={"fleets": Fleet()}), "did you mean 'fleet'"),
+    ],
+)
+def test_a_change_is_validated(change: Callable[[], Profile], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        change()
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: Poisson(20), r"Poisson takes its fields by name: Poisson\(rate=20\)"),
+        (lambda: Gamma(4, burstiness=2), r"Gamma\(rate=4, burstiness=2\)"),
+        (lambda: Shape(512, 128), r"Shape\(prompt_tokens=512, output_tokens=128\)"),
+        (lambda: Direct(64), r"Direct\(max_outstanding=64\)"),
+    ],
+)
+def test_values_without_names_are_shown_their_names(build: Callable[[], object], words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        build()
+
+
+@pytest.mark.parametrize("row", [(0, 5), (0, 5, 5, 5), "abc", 5, (0, 5.7, 5), (0, 5, float("nan")), (0, None, 5)])
+def test_a_row_that_is_none_is_shown(row: object) -> None:
+    with pytest.raises(
+        ValueError, match=r"row 1: .* must be \(arrival in seconds, prompt tokens, output tokens\)"
+    ) as no:
+        Workload.from_trace([(0, 5, 5), row])  # type: ignore[list-item]
+    assert str(no.value).endswith(f"got {row!r}")
+
+
+def test_rows_may_come_as_text() -> None:
+    """As the csv module reads them."""
+    assert Workload.from_trace([("0.5", "7", "9")]) == Workload.from_trace([(0.5, 7, 9)])  # type: ignore[list-item]
