@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from numbers import Real
 
 from pytest_gpulab.arrivals import schedule
-from pytest_gpulab.experiment import Admission, Profile, Workload, require_servable
+from pytest_gpulab.experiment import Admission, BoundedQueue, Direct, Profile, Workload, require_servable
 from pytest_gpulab.gates import TargetRefused, current_ledger
 from pytest_gpulab.measurement import Measurement
 from pytest_gpulab.rule import LOOKS
@@ -50,20 +51,22 @@ class Lab:
         profile: Profile,
         *,
         admission: Admission | None = None,
-        label: str | None = None,
+        label: str | float | None = None,
     ) -> Measurement:
         """What `workload` does on `profile`; nothing runs until a figure is asked for.
 
-        `admission` replaces the workload's own policy. `label` names the arm in reports. Within one test, equal
-        definitions are one arm: the first label stays.
+        `admission` replaces the workload's own policy. `label`, text or a number, names the arm in reports. Within
+        one test, equal definitions are one arm: the first label stays.
+
+        Raises:
+            TypeError: something is not what it is called here.
+            ValueError: the workload and the profile do not go together.
         """
-        if not (isinstance(workload, Workload) and isinstance(profile, Profile)):
-            got = f"{type(workload).__name__} and {type(profile).__name__}"
-            raise TypeError(f"measure must be given a Workload and a Profile, in this order, got {got}")
+        _require_kinds(workload, profile, admission, label)
         if admission is not None:
             workload = workload.model_copy(update={"admission": admission})
         require_servable(workload, profile)
-        measurement = Measurement(self, workload, profile, label)
+        measurement = Measurement(self, workload, profile, None if label is None else str(label))
         ledger = current_ledger()
         if ledger is None:
             return measurement
@@ -163,6 +166,16 @@ class Lab:
         if not self.target.repeatable or measurement.profile.fleet is not None:
             return measurement.id, str(seed)
         return measurement.id, _arrivals_hash(measurement.workload, seed)
+
+
+def _require_kinds(workload: object, profile: object, admission: object, label: object) -> None:
+    if not (isinstance(workload, Workload) and isinstance(profile, Profile)):
+        got = f"{type(workload).__name__} and {type(profile).__name__}"
+        raise TypeError(f"measure must be given a Workload and a Profile, in this order, got {got}")
+    if not (admission is None or isinstance(admission, (Direct, BoundedQueue))):
+        raise TypeError(f"admission must be a Direct(...) or a BoundedQueue(...), got {admission!r}")
+    if not (label is None or isinstance(label, (str, Real))):
+        raise TypeError(f"label must be text or a number, got {label!r}; write label=str(...)")
 
 
 @lru_cache(maxsize=4096)

@@ -7,15 +7,16 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gpulab.experiment import Poisson, Profile, Workload
+from pytest_gpulab.experiment import Direct, Poisson, Profile, Workload
 from pytest_gpulab.gates import Ledger, TargetRefused, collecting
 from pytest_gpulab.lab import Lab, Repeat, interleaved
-from pytest_gpulab.measurement import Measurement
+from pytest_gpulab.measurement import Measurement, summarize
 from pytest_gpulab.run import Run
 from pytest_gpulab.run_store import RunStore
 from tests.known import WORKLOAD, Known, arm, known_lab, known_run
@@ -94,6 +95,28 @@ def test_the_first_measured_look_brings_the_other_arms_along(basis: str) -> None
         one, other = lab.measure(WORKLOAD, arm(1)), lab.measure(WORKLOAD, arm(2))
         (one.delivery_ratio >= 0.9).decide()
     assert (one.pulled, other.pulled) == (6, 6 if basis == "measured" else 0)
+
+
+# --- what it is given -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label", [16, 0.5, "16"])
+def test_a_label_may_be_the_number_that_differs(label: str | float) -> None:
+    lab = known_lab(lambda profile, seed: known_run(1.0))
+    assert summarize(lab.measure(WORKLOAD, arm(16), label=label)).label == str(label)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"label": Direct()}, r"label must be text or a number, got Direct\(.*write label=str"),
+        ({"admission": Direct}, r"admission must be a Direct\(\.\.\.\) or a BoundedQueue\(\.\.\.\), got <class"),
+        ({"admission": "direct"}, r"admission must be .*, got 'direct'"),
+    ],
+)
+def test_what_is_something_else_is_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        known_lab(lambda profile, seed: known_run(1.0)).measure(WORKLOAD, arm(1), **fields)
 
 
 # --- what was measured is not measured again ------------------------------------------------------------------
