@@ -15,6 +15,8 @@ class Accelerator:
     memory_bytes: int
     """Total device memory as the driver reports it, bytes."""
     instance_type: str
+    families: tuple[str, ...]
+    """EC2 instance families that carry it, and nothing else."""
     price_usd_per_hour: float
     """Per hour of one accelerator, on demand in us-west-2 (Linux) unless said otherwise."""
 
@@ -24,13 +26,13 @@ GIB = 1024**3
 ACCELERATORS = {
     accelerator.name: accelerator
     for accelerator in (
-        Accelerator("t4", 15_360 * 1024**2, "g4dn.xlarge", 0.526),
-        Accelerator("l4", 23_034 * 1024**2, "g6.xlarge", 0.8048),
+        Accelerator("t4", 15_360 * 1024**2, "g4dn.xlarge", ("g4dn",), 0.526),
+        Accelerator("l4", 23_034 * 1024**2, "g6.xlarge", ("g6", "gr6"), 0.8048),
         # One of eight GPUs, as EC2 Capacity Blocks in us-east-2 (price list valid to the end of 2024).
-        Accelerator("h100", 81_559 * 1024**2, "p5.48xlarge", 4.916),
-        Accelerator("h200", 143_771 * 1024**2, "p5en.48xlarge", 5.408),
+        Accelerator("h100", 81_559 * 1024**2, "p5.48xlarge", ("p5",), 4.916),
+        Accelerator("h200", 143_771 * 1024**2, "p5en.48xlarge", ("p5e", "p5en"), 5.408),
         # One of eight GPUs.
-        Accelerator("b200", 183_359 * 1024**2, "p6-b200.48xlarge", 113.93 / 8),
+        Accelerator("b200", 183_359 * 1024**2, "p6-b200.48xlarge", ("p6-b200",), 113.93 / 8),
     )
 }
 

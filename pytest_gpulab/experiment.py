@@ -238,9 +238,18 @@ class Workload(Definition):
                 "exactly one of duration_s and requests must be given, got "
                 + ("none" if self.requests is None else "both")
             )
-        if isinstance(self.arrivals, SpikeToZero) and self.duration_s is None:
-            raise ValueError("a spike needs duration_s: the zero after it is part of the run")
+        if isinstance(self.arrivals, SpikeToZero):
+            self._require_whole_spike(self.arrivals.spike_s)
         return self
+
+    def _require_whole_spike(self, spike_s: float) -> None:
+        if self.duration_s is None:
+            raise ValueError("a spike needs duration_s: the zero after it is part of the run")
+        if self.duration_s < spike_s:
+            raise ValueError(
+                f"duration_s must be at least the spike's {spike_s:g} s, got {self.duration_s:g} s: traffic would "
+                "never go to zero; raise duration_s or lower spike_s"
+            )
 
     @property
     def length_s(self) -> float | None:
@@ -316,6 +325,28 @@ class Profile(Definition):
         asked = self.engine_args.max_model_len
         if asked is not None and asked > longest:
             raise ValueError(f"engine_args.max_model_len must be at most {longest} for {self.model}, got {asked}")
+        return self
+
+    @model_validator(mode="after")
+    def _machine_carries_the_accelerator(self) -> Self:
+        accelerator = find_accelerator(self.accelerator)
+        if self.instance_type is not None and self.instance_type.partition(".")[0] not in accelerator.families:
+            raise ValueError(
+                f"instance_type must be one that carries the {accelerator.name}, of "
+                f"{' or '.join(accelerator.families)}, got {self.instance_type}; leave it out for "
+                f"{accelerator.instance_type}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shortages_are_of_its_machine(self) -> Self:
+        machine = self.instance_type or find_accelerator(self.accelerator).instance_type
+        for shortage in self.fleet.faults.shortages if self.fleet else ():
+            if shortage.instance_type not in ("", machine):
+                raise ValueError(
+                    f"a shortage must be of the profile's machine, which is {machine}, got one of "
+                    f"{shortage.instance_type}: nobody would notice; leave instance_type out"
+                )
         return self
 
     @property

@@ -12,6 +12,9 @@ Count = Annotated[int, Field(ge=1)]
 Moment = Annotated[float, Field(ge=0, allow_inf_nan=False, description="seconds after the run's start")]
 
 
+Zone = Literal["us-west-2a", "us-west-2b"]
+"""Where the emulated cloud has machines."""
+
 KILL_MARGIN_S: Final = 5
 """Seconds from the end of vLLM's drain to SIGKILL."""
 
@@ -19,14 +22,23 @@ KILL_MARGIN_S: Final = 5
 class Shortage(Definition):
     """No capacity for what matches, from `start_s` to `end_s` seconds after the run's start.
 
-    "" matches all; without `end_s` it lasts.
+    "" matches all; without `end_s` it lasts. An instance type must be the profile's own: nothing else is bought.
     """
 
     capacity_type: Literal["", "reserved", "spot", "on-demand"] = ""
     instance_type: str = ""
-    zone: str = ""
+    zone: Literal["", Zone] = ""
     start_s: Moment = 0.0
     end_s: Moment | None = None
+
+    @model_validator(mode="after")
+    def _ends_after_its_start(self) -> Self:
+        if self.end_s is not None and self.end_s <= self.start_s:
+            raise ValueError(
+                f"end_s must be after start_s, got {self.end_s:g} s after {self.start_s:g} s; leave end_s out for a "
+                "shortage that lasts"
+            )
+        return self
 
 
 class Faults(Definition):
@@ -102,7 +114,7 @@ class Fleet(Definition):
 
     autoscaling: Autoscaling | None = Autoscaling()
     replicas: Count = 1
-    """Without autoscaling."""
+    """Without autoscaling, which decides that itself."""
     warm: Annotated[int, Field(ge=0)] = 0
     capacity: tuple[Literal["spot", "on-demand"], ...] = Field(("spot", "on-demand"), min_length=1)
     max_gpus: Count = 16
@@ -111,8 +123,36 @@ class Fleet(Definition):
     grace_s: Annotated[int, Field(ge=0)] = 30
     readiness_period_s: Count = 5
     stages: Literal["g4dn", "g4dn-soci", "p5en", "p5en-soci", "brief"] = "g4dn"
-    """How long a cold start takes where the machines are not real: a name in `cluster.durations`."""
+    """How long a cold start takes where the machines are not real: a name in `cluster.durations`.
+
+    g4dn's unless told, whatever the accelerator; runs say whose they are where they are not its own.
+    """
     faults: Faults = NO_FAULTS
+
+    @model_validator(mode="after")
+    def _one_decides_how_many(self) -> Self:
+        if self.autoscaling is not None and self.replicas != 1:
+            raise ValueError(
+                f"replicas must be left out where an autoscaler decides how many there are, got {self.replicas}; "
+                "write autoscaling=None for a fixed number, or Autoscaling(min_replicas=...) for the least"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _faults_hit_what_is_bought(self) -> Self:
+        bought = ", ".join(self.capacity)
+        if self.faults.interruptions and "spot" not in self.capacity:
+            raise ValueError(
+                f"interruptions need spot instances, but capacity is {bought}: nobody would notice; add 'spot', or "
+                "take Faults(losses=...)"
+            )
+        for shortage in self.faults.shortages:
+            if shortage.capacity_type not in ("", *self.capacity):
+                raise ValueError(
+                    f"a shortage must be of capacity that the fleet buys, which is {bought}, got one of "
+                    f"{shortage.capacity_type}: nobody would notice; leave it out or change capacity"
+                )
+        return self
 
     @model_validator(mode="after")
     def _warm_replicas_can_be(self) -> Self:

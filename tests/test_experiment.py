@@ -49,6 +49,46 @@ def test_faults_after_the_end_are_refused(faults: Faults) -> None:
     require_servable(Workload(arrivals=Constant(rate=1), shape=SHAPE, requests=5), harmed)  # chance decides
 
 
+SPOT = Shortage(capacity_type="spot")
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: Fleet(replicas=3), "got 3; write autoscaling=None for a fixed number"),
+        (
+            lambda: Fleet(capacity=("on-demand",), faults=Faults(interruptions=(5.0,))),
+            "interruptions need spot instances, but capacity is on-demand",
+        ),
+        (
+            lambda: Fleet(capacity=("on-demand",), faults=Faults(shortages=(SPOT,))),
+            "capacity that the fleet buys, which is on-demand, got one of spot",
+        ),
+        (lambda: Shortage(start_s=600, end_s=0), "end_s must be after start_s, got 0 s after 600 s"),
+        (lambda: Shortage(zone="us-west-2d"), "Input should be '', 'us-west-2a' or 'us-west-2b'"),
+        (
+            lambda: T4.on(Fleet(faults=Faults(shortages=(Shortage(instance_type="g4dn.xlage"),)))),
+            "the profile's machine, which is g4dn.xlarge, got one of g4dn.xlage",
+        ),
+        (
+            lambda: Profile(model="llama-3.1-8b", accelerator="h200", instance_type="g4dn.xlarge"),
+            "one that carries the h200, of p5e or p5en, got g4dn.xlarge; leave it out for p5en.48xlarge",
+        ),
+    ],
+)
+def test_what_would_happen_to_nobody_is_refused(build: Callable[[], object], words: str) -> None:
+    with pytest.raises(ValidationError) as refusal:
+        build()
+    assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", INSTANCE_TYPES, ids=lambda kind: kind.name)
+def test_machines_of_the_emulated_cloud_carry_their_accelerator(kind: InstanceType) -> None:
+    shortage = Shortage(capacity_type="spot", instance_type=kind.name, zone="us-west-2a", start_s=5, end_s=6)
+    fleet = Fleet(faults=Faults(shortages=(shortage,)))
+    Profile(model="qwen2.5-0.5b", accelerator=kind.gpu_name, instance_type=kind.name, fleet=fleet)
+
+
 @pytest.mark.parametrize("rate", [0, -1, float("nan"), float("inf")])
 def test_an_impossible_rate_is_refused_by_name(rate: float) -> None:
     with pytest.raises(ValidationError, match="rate"):
@@ -76,6 +116,14 @@ def test_an_empty_mix_is_refused() -> None:
         (lambda: Workload.from_trace([(1, 5, 5), (0.5, 5, 5)]), "row 1: arrivals must be finite, >= 0 and in order"),
         (lambda: Workload.from_trace([(0, 0, 5)]), "row 0: a request has at least 1 prompt"),
         (lambda: Workload.from_trace([]), "rows"),
+        (
+            lambda: Workload(arrivals=Poisson, shape=SHAPE, duration_s=3),
+            "arrivals must be one Poisson, got the class",
+        ),
+        (
+            lambda: Workload(arrivals=SpikeToZero(rate=5, spike_s=100), shape=SHAPE, duration_s=60),
+            "duration_s must be at least the spike's 100 s, got 60 s",
+        ),
         (lambda: Workload.from_trace([(0, 1, 1)], duration_s=3), "leave out duration_s"),
         (
             lambda: Lengths(

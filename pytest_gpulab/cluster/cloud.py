@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from pytest_gpulab.cluster.clock import Clock, Timer
 from pytest_gpulab.cluster.quantity import Amounts
-from pytest_gpulab.fleet import NO_FAULTS, Faults, Shortage
+from pytest_gpulab.fleet import NO_FAULTS, Faults, Shortage, Zone
 
 GIB: Final = 1024**3
 GPU: Final = "nvidia.com/gpu"
@@ -86,7 +86,7 @@ INSTANCE_TYPES: Final = (
     InstanceType("p5en.48xlarge", 192, 2048 * GIB, 8, "h200", 144384, 43.264),
     InstanceType("p6-b200.48xlarge", 192, 2048 * GIB, 8, "b200", 183296, 113.93),
 )
-ZONES: Final = ("us-west-2a", "us-west-2b")
+ZONES: Final[tuple[str, ...]] = get_args(Zone)
 SPOT_SHARE: Final = 0.4
 """Spot price as a share of the on-demand price; a round figure, the market's own moves."""
 

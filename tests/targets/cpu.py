@@ -9,7 +9,7 @@ from pytest_gpulab.accelerators import ACCELERATORS, GIB, Accelerator
 from pytest_gpulab.models import MODELS, Model
 from pytest_gpulab.targets.loading import Loading
 
-CPU = Accelerator("cpu", 8 * GIB, "c7i.large", 0.1)
+CPU = Accelerator("cpu", 8 * GIB, "c7i.large", ("c7i",), 0.1)
 TINY = Model("tiny", "nobody/tiny", 9_000_000, 2, 2, 64, 2048, 256, 512, 32_768, True)
 
 
