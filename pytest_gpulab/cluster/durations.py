@@ -12,6 +12,8 @@ from typing import Final, Self
 
 import numpy as np
 
+from pytest_gpulab.accelerators import find_accelerator
+
 
 @dataclass(frozen=True)
 class Span:
@@ -101,6 +103,13 @@ PROFILES: Mapping[str, Stages] = {
     "p5en-soci": P5EN.replace(image_pull=_LAZY_PULL),
     "brief": Stages.fast(1 / 50),
 }
+
+
+def stages_text(name: str, accelerator: str) -> str:
+    """``g4dn cluster``, as runs say whose cold starts they have; with a remark where `accelerator` has others."""
+    family = name.partition("-")[0]
+    own = family in find_accelerator(accelerator).families
+    return f"{name} cluster" + ("" if own else f" (cold starts not measured on {accelerator})")
 
 
 @dataclass

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pytest_gpulab.cluster.clock import VirtualClock
 from pytest_gpulab.cluster.cloud import INSTANCE_TYPES, Offering, catalog
-from pytest_gpulab.cluster.durations import PROFILES
+from pytest_gpulab.cluster.durations import PROFILES, stages_text
 from pytest_gpulab.cluster.edge import Client, Edge, LimitedClient, OpenClient
 from pytest_gpulab.cluster.embedded import DeadlineExceeded, EmbeddedCluster
 from pytest_gpulab.cluster.metrics import RUNNING, WAITING
@@ -242,6 +242,7 @@ class _Simulation:
         return {"gpu_seconds": gpu_s, "gpu_busy_seconds": float(busy), "cost_usd": usd}
 
     def _evidence(self, ended: float, left: int) -> Run:
+        stages = stages_text(self._fleet.stages, self._profile.accelerator)
         problems = (f"{left} NodeClaims were left {DEADLINE_S:.0f} s after teardown began",) if left else ()
         return Run(
             requests=self._request_table(),
@@ -253,7 +254,7 @@ class _Simulation:
                 basis="simulated",
                 seed=self._seed,
                 definition_hash=definition_hash(self._profile, self._workload),
-                server=f"{self._calibration.name} {variant_name(self._profile)}, {self._fleet.stages} cluster",
+                server=f"{self._calibration.name} {variant_name(self._profile)}, {stages}",
                 relative_error=self._variant.relative_error,
             ),
             timeline=self._timeline.entries(),

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from pytest_gpulab.cluster.cloud import INSTANCE_TYPES, SPOT_SHARE
+from pytest_gpulab.cluster.durations import stages_text
 from pytest_gpulab.engine.calibration import find_variant, variant_name
-from pytest_gpulab.errors import unknown_name
 from pytest_gpulab.engine.defaults import scheduler_config
+from pytest_gpulab.errors import unknown_name
 from pytest_gpulab.experiment import Profile, Workload
 from pytest_gpulab.gates import TargetRefused
 from pytest_gpulab.render import instance_type_of
@@ -48,7 +49,7 @@ class ClusterTarget:
 
     def server(self, profile: Profile) -> str:
         """Whose step costs and cold starts are emulated, and where the load came from unless from this machine."""
-        cluster = f", {profile.fleet.stages} cluster" if profile.fleet else ""
+        cluster = f", {stages_text(profile.fleet.stages, profile.accelerator)}" if profile.fleet else ""
         loaded = "" if self._load_from == "client" else f", loaded from {LOADED_FROM[self._load_from]}"
         return f"emulated by {find_variant(profile)[0].name} {variant_name(profile)}{cluster}{loaded}"
 

@@ -11,7 +11,7 @@ import pytest
 
 from pytest_gpulab.cluster.fleet import FleetRefused, simulate_fleet
 from pytest_gpulab.engine import simulate
-from pytest_gpulab.experiment import BoundedQueue, Constant, Direct, Poisson, Shape, SpikeToZero, Workload
+from pytest_gpulab.experiment import BoundedQueue, Constant, Direct, Poisson, Profile, Shape, SpikeToZero, Workload
 from pytest_gpulab.figures import delivery_ratio, highest, latencies, seconds_without_replica
 from pytest_gpulab.fleet import FROM_ZERO, WARM_ONE, Autoscaling, Faults, Fleet, Shortage
 from pytest_gpulab.timeline import cold_start, counts
@@ -131,6 +131,18 @@ def test_the_bill_follows_the_profiles_price():
     assert run.totals["cost_usd"] == pytest.approx(run.totals["gpu_seconds"] / 1000)
     with pytest.raises(FleetRefused, match="unknown instance type of the emulated cloud 'g4dn"):
         simulate_fleet(dear.model_copy(update={"instance_type": "g4dn.metal"}), workload)
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [({}, "g4dn cluster (cold starts not measured on h200)"), ({"stages": "p5en"}, "p5en cluster")],
+)
+def test_a_run_says_when_its_cold_starts_are_anothers(stages, said):
+    h200 = Profile(model="llama-3.1-8b", accelerator="h200", engine_args={"max_model_len": 4096})
+    run = simulate_fleet(
+        h200.on(Fleet(autoscaling=None, **stages)), Workload(arrivals=Constant(rate=1), shape=SHAPE, requests=1)
+    )
+    assert run.provenance.server == f"h200-llama-3.1-8b base, {said}"
 
 
 def test_without_spot_capacity_it_serves_on_demand():
