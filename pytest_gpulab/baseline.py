@@ -2,40 +2,52 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import ValidationError
 
 from pytest_gpulab.errors import in_one_line
-from pytest_gpulab.record import Record, Verdict
+from pytest_gpulab.gates import Gate
+from pytest_gpulab.record import Decision, Item, Record, Verdict
 
 GOOD: tuple[Verdict, ...] = ("supported", "caveated")
 """Verdicts that can be lost."""
 
 
 class Change(NamedTuple):
-    """A decision whose verdict differs from the baseline's. None: absent there, or not run here."""
+    """How a decision differs from the baseline's. A verdict of None: absent there, or not run here."""
 
     id: str
     before: Verdict | None
     after: Verdict | None
-    reason: str
+    not_run: tuple[str, ...] = ()
+    """Node ids of items that are in the baseline only."""
+    redefined: str = ""
+    """The first gate that asks something else than in the baseline, as written in the experiment."""
 
     @property
     def is_loss(self) -> bool:
-        """Supported or caveated in the baseline and no longer, or not run."""
-        return self.before in GOOD and self.after not in GOOD
+        """Supported or caveated in the baseline, and no longer so by the same items and gates."""
+        return self.before in GOOD and (self.after not in GOOD or self.is_other)
+
+    @property
+    def is_other(self) -> bool:
+        """The question was not asked in full, or was another one, so that the verdicts do not compare."""
+        return bool(self.not_run or self.redefined)
 
     @property
     def kind(self) -> str:
-        """How it reads: lost, improved, new, not run or changed."""
-        if self.after is None:
-            return "not run"
+        """How it reads: lost, improved, new, not run, redefined or changed."""
         if self.before is None:
             return "new"
-        if self.is_loss:
+        if self.after is None:
+            return "not run"
+        if self.before in GOOD and self.after not in GOOD:
             return "lost"
+        if self.is_other:
+            return "not run" if self.not_run else "redefined"
         return "improved" if self.after in GOOD and self.before != "supported" else "changed"
 
 
@@ -73,16 +85,41 @@ def compare(record: Record, baseline: Record) -> list[Change]:
     """What changed since `baseline`, by decision id: losses first."""
     before = {decision.id: decision for decision in baseline.decisions}
     after = {decision.id: decision for decision in record.decisions}
-    changes = [
-        Change(
-            id,
-            before[id].verdict if id in before else None,
-            after[id].verdict if id in after else None,
-            after[id].reason if id in after else "",
-        )
-        for id in sorted(before.keys() | after.keys())
-    ]
-    return sorted((c for c in changes if c.before != c.after), key=lambda change: not change.is_loss)
+    changes = [_change(id, before.get(id), after.get(id)) for id in sorted(before.keys() | after.keys())]
+    return sorted(
+        (change for change in changes if change.before != change.after or change.is_other),
+        key=lambda change: not change.is_loss,
+    )
+
+
+def _change(id: str, before: Decision | None, after: Decision | None) -> Change:
+    if before is None or after is None:
+        return Change(id, before.verdict if before else None, after.verdict if after else None)
+    items = {item.nodeid: item for item in after.items}
+    both = [(item, items[item.nodeid]) for item in before.items if item.nodeid in items]
+    return Change(
+        id,
+        before.verdict,
+        after.verdict,
+        not_run=tuple(item.nodeid for item in before.items if item.nodeid not in items),
+        redefined=next(filter(None, (_redefined(*pair) for pair in both)), ""),
+    )
+
+
+def _redefined(before: Item, after: Item) -> str:
+    """The text of the first gate that is not the same in both; empty when those that both reached are."""
+    to_the_end = before.verdict in GOOD and after.verdict in GOOD
+    for was, now in zip_longest(before.gates, after.gates):
+        if was is None or now is None:
+            return (was or now).text if to_the_end else ""
+        if not _same(was, now):
+            return now.text
+    return ""
+
+
+def _same(was: Gate, now: Gate) -> bool:
+    """Whether both ask the same. Older records do not say what their gates asked."""
+    return was.role == now.role and was.definition_hash in ("", now.definition_hash)
 
 
 def known_rejections(record: Record, baseline: Record) -> set[str]:
@@ -102,7 +139,8 @@ def known_rejections(record: Record, baseline: Record) -> set[str]:
 def exit_status(own: int, record: Record, baseline: Record, failed: set[str]) -> int:
     """The session's exit status against `baseline`; `own` is pytest's, `failed` the node ids that are red.
 
-    1 for any error, 10 when a decision was lost or not run, 0 when every red test is a known rejection.
+    1 for any error, 10 when a decision was lost, redefined or not run in full, 0 when every red test is a known
+    rejection.
     """
     rejected = {item.nodeid for decision in record.decisions for item in decision.items if item.verdict == "rejected"}
     rejected |= {item.nodeid for item in record.evidence if item.verdict == "rejected"}

@@ -12,6 +12,11 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from pytest_gpulab.errors import unknown_name
 
 
+def digest(text: str) -> str:
+    """First 16 hex digits of the SHA-256 of `text`."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 class Definition(BaseModel):
     """A frozen piece of an experiment; unknown fields are refused with the nearest name.
 
@@ -48,9 +53,8 @@ class Definition(BaseModel):
 
     @property
     def definition_hash(self) -> str:
-        """First 16 hex digits of the SHA-256 of the canonical JSON: equal definitions, equal hash."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        """The digest of the canonical JSON: equal definitions, equal hash."""
+        return digest(json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")))
 
 
 def _named(kind: type[Definition], unnamed: tuple[object, ...], fields: Mapping[str, object]) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+from pytest_gpulab.definition import digest
 from pytest_gpulab.gates import Figure, Gate, Outcome, Role, TargetRefused, current_ledger
 from pytest_gpulab.rule import LOOKS, Result, Vote, decide, interval_ranks, looks_for
 from pytest_gpulab.source import Place, place_of_assert, place_of_call
@@ -233,6 +234,11 @@ class Claim(ABC):
 
     @property
     @abstractmethod
+    def definition(self) -> str:
+        """What is asked, whatever comes out: the claim with its exact constants, and the ids of its arms."""
+
+    @property
+    @abstractmethod
     def sources(self) -> tuple[Measurement, ...]:
         """The measurements that decide it."""
 
@@ -271,6 +277,7 @@ class Claim(ABC):
             operator=decided.operator,
             right=decided.right,
             runs=tuple(dict.fromkeys(source.id for source in self.sources)),
+            definition_hash=digest(self.definition),
             file=place.file,
             line=place.line,
             last_line=place.last_line,
@@ -291,6 +298,12 @@ class Comparison(Claim):
     def text(self) -> str:
         right = self.right.label if isinstance(self.right, Estimate) else number_text(self.right, self.left.unit)
         return f"{self.left.label} {self.operator} {right}"
+
+    @property
+    def definition(self) -> str:
+        right = self.right.label if isinstance(self.right, Estimate) else float(self.right)
+        arms = " ".join(source.id for source in self.sources)
+        return f"{self.left.label} {self.operator} {right} ({arms})"
 
     @property
     def sources(self) -> tuple[Measurement, ...]:
@@ -401,6 +414,10 @@ class AnyOf(Claim):
     @property
     def text(self) -> str:
         return f"any_of({', '.join(claim.text for claim in self.claims)})"
+
+    @property
+    def definition(self) -> str:
+        return f"any_of({', '.join(claim.definition for claim in self.claims)})"
 
     @property
     def sources(self) -> tuple[Measurement, ...]:

@@ -54,6 +54,8 @@ class Gate(BaseModel):
     right: Figure
     runs: tuple[str, ...]
     """Ids of the measurements that were compared."""
+    definition_hash: str = ""
+    """Over what was asked, whatever came out: the claim with its constants, and its arms. Empty in older records."""
     file: str
     line: int
     last_line: int

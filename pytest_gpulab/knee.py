@@ -15,12 +15,13 @@ UNIT = "requests/s"
 
 @dataclass(frozen=True)
 class Point:
-    """One rate that was tried: what the stability claim came to, and the measurement."""
+    """One rate that was tried: what the stability claim asked and came to, and the measurement."""
 
     rate: float
     outcome: Outcome
     reason: str
     measurement: Measurement
+    definition: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,11 @@ class Knee:
     unstable_rate: float
     points: tuple[Point, ...]
     scale: float = 1.0
+
+    @property
+    def definition(self) -> str:
+        """What stable means, asked of the lowest rate: which others are asked depends on what comes out."""
+        return f"{self.scale} x knee by {self.points[0].definition}"
 
     @property
     def figure(self) -> Figure:
@@ -74,6 +80,11 @@ class KneeClaim(Claim):
     def text(self) -> str:
         right = "knee" if isinstance(self.right, Knee) else number_text(self.right, UNIT)
         return f"knee {self.operator} {right}"
+
+    @property
+    def definition(self) -> str:
+        right = self.right.definition if isinstance(self.right, Knee) else float(self.right)
+        return f"{self.left.definition} {self.operator} {right}"
 
     @property
     def sources(self) -> tuple[Measurement, ...]:
@@ -121,12 +132,13 @@ def find_knee(
     def outcome(rate: float) -> Outcome:
         measurement = arm(rate)
         try:
-            decided = stable(measurement).decide()
+            claim = stable(measurement)
+            decided = claim.decide()
         except TargetRefused:
             if not points:
                 raise
             return "undecided"  # the target served for a while, then no more
-        points.append(Point(rate, decided.outcome, decided.reason, measurement))
+        points.append(Point(rate, decided.outcome, decided.reason, measurement, claim.definition))
         return decided.outcome
 
     knee = _bracket(outcome, low, high, resolution)

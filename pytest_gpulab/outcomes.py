@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pytest_gpulab.definition import digest
 from pytest_gpulab.gates import Gate
 from pytest_gpulab.record import Decision, Evidence, Item, Problem, Provenance, Record, RunSummary, SessionInfo
 from pytest_gpulab.verdict import combine, decides, weakest
@@ -133,7 +133,7 @@ def _decision(id: str, statement: str, parts: list[tuple[Item, Mapping[str, Any]
             target=setting.target,
             accelerator=", ".join(sorted({run.profile["accelerator"] for run in runs})) or setting.accelerator,
             seeds=tuple(sorted({seed for run in runs for seed in run.seeds})),
-            definition_hash=_definition_hash(runs, gates),
+            definition_hash=_definition_hash(gates),
             git_commit=setting.git_commit,
             versions=dict(setting.versions),
         ),
@@ -163,7 +163,6 @@ def _merged(runs: Iterable[Mapping[str, Any]]) -> tuple[RunSummary, ...]:
     return tuple(sorted(best.values(), key=lambda run: (run.label, run.id)))
 
 
-def _definition_hash(runs: Iterable[RunSummary], gates: Iterable[Gate]) -> str:
-    """First 16 hex digits of the SHA-256 over run ids and gate texts: what was asked, not what came out."""
-    asked = {"runs": sorted(run.id for run in runs), "gates": [gate.text for gate in gates]}
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+def _definition_hash(gates: Iterable[Gate]) -> str:
+    """Over what was asked: a false gate ends its item, so it covers the gates up to there."""
+    return digest(json.dumps([(gate.role, gate.definition_hash) for gate in gates]))

@@ -54,7 +54,7 @@ class Provenance(_Part):
     """Of the runs' profiles; the session's where nothing ran."""
     seeds: tuple[int, ...]
     definition_hash: str
-    """Hash over the ids of all runs and the texts of all gates."""
+    """Hash over the roles and definitions of all gates that were asked; a false one ends its item."""
     git_commit: str
     """Of the experiments' folder; ends in ``+dirty`` with uncommitted changes; empty outside git."""
     versions: dict[str, str]

@@ -50,12 +50,12 @@ def gated(project: Project):  # type: ignore[no-untyped-def]
 
 
 ENDS = {
-    "lost to rejected": ("supported", "rejected", 10, "*lost * d: supported -> rejected"),
-    "lost to open": ("caveated", "open", 10, "*lost * d: caveated -> open"),
+    "lost to rejected": ("supported", "rejected", 10, "*lost * d: supported -> rejected, *"),
+    "lost to open": ("caveated", "open", 10, "*lost * d: caveated -> open, *"),
     "error": ("supported", "error", 1, "*lost * d: supported -> open"),
     "known rejection": ("rejected", "rejected", 0, "baseline *: no verdict changed"),
-    "new rejection": ("open", "rejected", 1, "*changed * d: open -> rejected"),
-    "caveat": ("supported", "caveated", 0, "*changed * d: supported -> caveated"),
+    "new rejection": ("open", "rejected", 1, "*redefined d: open -> rejected, *"),
+    "another caveat": ("supported", "caveated", 10, "*redefined d: supported -> caveated, *"),
     "improved": ("partial", "supported", 0, "*improved * d: partial -> supported"),
     "unblocked": ("blocked", "caveated", 0, "*improved * d: blocked -> caveated"),
 }
@@ -108,6 +108,102 @@ def test_decision_not_run_is_lost(gated) -> None:  # type: ignore[no-untyped-def
 
 def test_narrowed_session_has_not_run_the_rest(gated) -> None:  # type: ignore[no-untyped-def]
     assert gated({"a": "supported", "b": "supported"}, {"a": "supported", "b": "supported"}, "-k", "test_a").ret == 10
+
+
+TWO_CASES = """
+SLO = {slo}
+
+@decision("d", "It holds")
+@pytest.mark.parametrize("case", {cases})
+def test_d(served, case):
+    assert served({seconds}).p50 <= SLO
+"""
+STEADY_AND_BURST = {"slo": 2.0, "cases": ["steady", "burst"], "seconds": "1"}
+
+
+@pytest.fixture
+def against(project: Project):  # type: ignore[no-untyped-def]
+    """against(before, after, *options): the session of experiments `after` against the record of `before`."""
+
+    def run(before: str, after: str, *options: str) -> pytest.RunResult:
+        project.write(before).run()
+        project.file().rename(project.path / "baseline.json")
+        return project.write(after).run("--gpulab-gate=baseline.json", *options)
+
+    return run
+
+
+@pytest.mark.parametrize("left_out", ["deselected", "removed"])
+def test_decision_without_its_failing_item_is_lost(against, left_out: str) -> None:  # type: ignore[no-untyped-def]
+    """One of two items fails now: leaving it out must not turn the gate green."""
+    broken = {**STEADY_AND_BURST, "seconds": "3 if case == 'burst' else 1"}
+    changed, options = (
+        (broken, ["-k", "steady"]) if left_out == "deselected" else ({**broken, "cases": ["steady"]}, [])
+    )
+    result = against(TWO_CASES.format(**STEADY_AND_BURST), TWO_CASES.format(**changed), *options)
+    assert result.ret == 10
+    result.stdout.fnmatch_lines(
+        [
+            "*not run * d: supported -> supported, without test_exp.py::test_d[[]burst]",
+            "run the whole catalog; if it was changed on purpose, commit its new record as baseline.json",
+        ]
+    )
+
+
+GATE = """
+LIMIT = {limit}
+
+@decision("d", "It holds")
+def test_d(served):
+    one, three = served(1), served(3)
+    assert {gate}
+"""
+
+
+def test_threshold_behind_a_name_is_loosened(against) -> None:  # type: ignore[no-untyped-def]
+    result = against(GATE.format(limit=2, gate="one.p50 <= LIMIT"), GATE.format(limit=2000, gate="one.p50 <= LIMIT"))
+    assert result.ret == 10
+    result.stdout.fnmatch_lines(["*redefined d: *, `one.p50 <= LIMIT` asks something else than there"])
+
+
+def test_redefined_rejection_is_reported_and_no_loss(against) -> None:  # type: ignore[no-untyped-def]
+    result = against(GATE.format(limit=2, gate="three.p50 <= LIMIT"), GATE.format(limit=4, gate="three.p50 <= LIMIT"))
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["*redefined d: rejected -> supported, *"])
+
+
+BOTH = "one.p50 <= LIMIT and three.p50 <= 2 * LIMIT"
+OTHER_OUTCOMES = {
+    "a false gate ends its item": (BOTH, 1, 3, 10, "lost"),
+    "and no longer does": (BOTH, 3, 1, 0, "improved"),
+    "a caveat": ('one.p50 <= LIMIT; caveat(three.p50 <= 2 * LIMIT, "slow")', 1, 1.5, 0, "changed"),
+}
+
+
+@pytest.mark.parametrize(("gate", "before", "after", "status", "kind"), OTHER_OUTCOMES.values(), ids=OTHER_OUTCOMES)
+def test_another_outcome_is_no_other_question(
+    project: Project, gate: str, before: float, after: float, status: int, kind: str
+) -> None:
+    """The target gets slower or faster: what was asked stays, although more or fewer gates were reached."""
+    project.write(GATE.format(limit=2, gate=gate))
+    conftest = project.path / "conftest.py"
+    text = conftest.read_text()
+    conftest.write_text(text.replace("float(seconds)", f"{before} * float(seconds)"))
+    project.run()
+    project.file().rename(project.path / "baseline.json")
+    conftest.write_text(text.replace("float(seconds)", f"{after} * float(seconds)"))
+    result = project.run("--gpulab-gate=baseline.json")
+    assert result.ret == status
+    result.stdout.re_match_lines([rf"  {kind} +d: \w+ -> \w+$"])
+
+
+def test_older_record_does_not_say_what_its_gates_asked(project: Project) -> None:
+    project.write(GATE.format(limit=2, gate="one.p50 <= LIMIT")).run()
+    record = json.loads(project.file().read_text())
+    for gate in (*record["decisions"][0]["gates"], *record["decisions"][0]["items"][0]["gates"]):
+        del gate["definition_hash"]
+    (project.path / "baseline.json").write_text(json.dumps(record))
+    assert project.run("--gpulab-gate=baseline.json").ret == 0
 
 
 def test_nothing_of_the_catalog_was_run(gated) -> None:  # type: ignore[no-untyped-def]
@@ -226,4 +322,4 @@ def test_baseline_folder_is_refused(project: Project) -> None:
     ],
 )
 def test_kinds_of_change(before, after, kind: str) -> None:  # type: ignore[no-untyped-def]
-    assert Change("d", before, after, "").kind == kind
+    assert Change("d", before, after).kind == kind

@@ -142,8 +142,16 @@ def _against(session: Session) -> list[str]:
     name = shown(session.options.gate)
     if not session.changes:
         return [f"baseline {name}: no verdict changed"]
-    return [f"baseline {name}:", *(f"  {_change(change)}" for change in session.changes)]
+    lines = [f"baseline {name}:", *(f"  {_change(change)}" for change in session.changes)]
+    if any(change.after is None or change.is_other for change in session.changes):
+        lines.append(f"run the whole catalog; if it was changed on purpose, commit its new record as {name}")
+    return lines
 
 
 def _change(change: Change) -> str:
-    return f"{change.kind:9} {change.id}: {change.before or 'absent'} -> {change.after or 'not run'}"
+    line = f"{change.kind:9} {change.id}: {change.before or 'absent'} -> {change.after or 'not run'}"
+    if change.not_run:
+        line += f", without {', '.join(change.not_run)}"
+    if change.redefined:
+        line += f", `{change.redefined}` asks something else than there"
+    return line
