@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from pydantic import ValidationError
@@ -64,13 +65,23 @@ def read_record(path: Path) -> Record:
         ) from None
 
 
-def load_baseline(path: Path, target: str, accelerator: str) -> Record:
-    """The record at `path`. ValueError says what must hold when it is unreadable, invalid or of another setup."""
+def load_baseline(path: Path, target: str, accelerator: str, collected: Sequence[str]) -> Record:
+    """The record at `path`, for a session that was given `collected`.
+
+    ValueError says what must hold when it is unreadable, invalid, a part, or of another setup.
+    """
     record = read_record(path)
     if record.session.narrowed:
         raise ValueError(
             f"{path} is the record of a session that did not run the whole catalog ({record.session.narrowed}): a "
             "decision it lacks could be lost unseen; give the record of a full session"
+        )
+    if record.session.collected and not covers(record.session.collected, collected):
+        theirs, mine = ", ".join(record.session.collected), ", ".join(collected)
+        raise ValueError(
+            f"{path} is the record of a session that collected {theirs}, this one collects {mine}: a decision that "
+            "the record lacks could be lost unseen; give the record of a session over the same folders, or give this "
+            "session the folders of the record"
         )
     for what, expected, got in (("target", target, record.target), ("accelerator", accelerator, record.accelerator)):
         if expected != got:
@@ -79,6 +90,11 @@ def load_baseline(path: Path, target: str, accelerator: str) -> Record:
                 f"are no baseline; give the record of {expected!r} or --gpulab-{what}={got}"
             )
     return record
+
+
+def covers(whole: Iterable[str], parts: Iterable[str]) -> bool:
+    """Whether each of `parts` is, or lies in, one of `whole`: paths from one root folder, ``.`` is all of it."""
+    return all(any(PurePosixPath(part).is_relative_to(folder) for folder in whole) for part in parts)
 
 
 def compare(record: Record, baseline: Record) -> list[Change]:

@@ -199,40 +199,6 @@ def refuse_workers(target: str, config: pytest.Config) -> None:
         )
 
 
-def narrowing(config: pytest.Config) -> str:
-    """Which option leaves out a part of the catalog, as the user wrote it; empty when none does.
-
-    What the project's own ``addopts`` leaves out is not in its catalog and does not narrow.
-    """
-    project = _options_in(config.getini("addopts"))
-    for option, name in (("-k", "keyword"), ("-m", "markexpr")):
-        value = config.getoption(name, "")
-        if value and [value] != project[option][-1:]:
-            return f"{option} {value}"
-    for option in ("--deselect", "--ignore", "--ignore-glob"):
-        chosen = [str(value) for value in config.getoption(option.strip("-").replace("-", "_"), None) or ()]
-        if chosen != project[option]:
-            return f"{option}={chosen[-1]}"
-    for option, name in (("--lf", "lf"), ("--stepwise", "stepwise")):
-        if config.getoption(name, False):
-            return option
-    return next((arg for arg in config.args if "::" in arg or arg.endswith(".py")), "")
-
-
-def _options_in(words: list[str]) -> dict[str, list[str]]:
-    """Values of the narrowing options among `words`, in order."""
-    values: dict[str, list[str]] = {name: [] for name in ("-k", "-m", "--deselect", "--ignore", "--ignore-glob")}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.partition("=")
-        if name.startswith("--") and name in values:
-            values[name].append(value if equals or not rest else rest.pop(0))
-        elif word[:2] in ("-k", "-m") and not word.startswith("--"):
-            values[word[:2]].append(word[2:] if len(word) > 2 or not rest else rest.pop(0))
-    return values
-
-
 def _key(name: str) -> str:
     return f"gpulab_{name.replace('-', '_')}"
 

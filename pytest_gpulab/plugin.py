@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +43,10 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 # --- collection -----------------------------------------------------------------------------------------------
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None, Any, Any]:
     session_of(config).check_items(items)
+    return (yield)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -105,6 +106,9 @@ class SessionHooks:
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         self.session.note_collection(report)
+
+    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
+        self.session.note_deselected(items)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.session.note(report)

@@ -109,6 +109,8 @@ class SessionInfo(_Part):
     require: Basis
     narrowed: str
     """What kept the session from running the whole catalog; empty in a full record."""
+    collected: tuple[str, ...] = ()
+    """Folders and files that pytest was given, from the root folder; empty in older records, which do not say."""
 
 
 class Record(_Part):

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_gpulab.markers import Entry, catalog_of, enter
-from pytest_gpulab.options import narrowing, options_of
+from pytest_gpulab.narrowing import collected, deselected_by_an_option, narrowing, only
+from pytest_gpulab.options import options_of
 
 if TYPE_CHECKING:
     from pytest_gpulab.baseline import Change
@@ -51,7 +52,12 @@ class Session:
         self.failure = ""
         """Why the record could not be written."""
         self.changes: list[Change] = []
+        self._entered: dict[str, Entry] = {}
         self._catalog: dict[str, Entry] = {}
+        self._deselected: set[str] = set()
+        """By an option of pytest's."""
+        self._left_out: list[str] = []
+        """Node ids of entered items that will not run, although no option says so."""
         self._outcomes: dict[str, Outcome] = {}
         self._collection_errors: dict[str, str] = {}
         self._reported: set[str] = set()
@@ -81,14 +87,21 @@ class Session:
         UsageError on bad ones; a worker tells its controller instead and runs nothing.
         """
         self._problems = enter(items)
+        self._entered = catalog_of(items)
         if self._problems and is_worker(self.config):
             items.clear()
         elif self._problems:
             raise pytest.UsageError("\n".join(self._problems))
 
+    def note_deselected(self, items: Sequence[pytest.Item]) -> None:
+        """Remember what an option leaves out; everything else that is gone in the end was left out by a plugin."""
+        if deselected_by_an_option():
+            self._deselected.update(item.nodeid for item in items)
+
     def know_items(self, items: Sequence[pytest.Item]) -> None:
         """Take the catalog from the items that will run; a worker leaves it for its controller."""
         self._catalog = catalog_of(items)
+        self._left_out = sorted(self._entered.keys() - self._catalog.keys() - self._deselected)
         if is_worker(self.config):
             self._leave_catalog()
         elif self._catalog and not runs_nothing(self.config):
@@ -109,6 +122,7 @@ class Session:
         if left["problems"]:
             raise pytest.UsageError("\n".join(left["problems"]))
         if not self._catalog and left["catalog"]:
+            self._left_out = left["left_out"]
             self._catalog = {entry[0]: Entry(*entry) for entry in left["catalog"]}
             self._check_report_dir()
 
@@ -116,7 +130,11 @@ class Session:
         workerinput: dict[str, Any] = self.config.workerinput  # type: ignore[attr-defined]
         folder = Path(workerinput[FOLDER_KEY])
         if (self._catalog or self._problems) and folder.is_dir():
-            left = {"problems": self._problems, "catalog": list(self._catalog.values())}
+            left = {
+                "problems": self._problems,
+                "catalog": list(self._catalog.values()),
+                "left_out": self._left_out,
+            }
             Path(folder, f"{workerinput['workerid']}.json").write_text(json.dumps(left), encoding="utf-8")
 
     def note_collection(self, report: pytest.CollectReport) -> None:
@@ -202,14 +220,18 @@ class Session:
                 max_repeats=self.options.max_repeats,
                 require=self.options.require,
                 narrowed=self._narrowed(session),
+                collected=collected(self.config),
             ),
         )
 
     def _narrowed(self, session: pytest.Session) -> str:
         """Why this session did not run the whole catalog; empty when it did."""
-        option = narrowing(self.config)
-        if option:
-            return option
+        chosen = narrowing(self.config) or self._part_of_the_record_there()
+        if chosen:
+            return chosen
+        if self._left_out:
+            more = len(self._left_out) - 1
+            return f"a plugin left out {self._left_out[0]}" + (f" and {more} more" if more else "")
         if self._collection_errors:
             return f"could not collect {', '.join(sorted(self._collection_errors))}"
         if session.exitstatus == pytest.ExitCode.INTERNAL_ERROR:
@@ -218,6 +240,17 @@ class Session:
         if stopped and len(self._reported) < session.testscollected:
             return stopped
         return stopped if any(not outcome.done for outcome in self._outcomes.values()) else ""
+
+    def _part_of_the_record_there(self) -> str:
+        """How much this session collected of what the full record in the report folder has; empty for all of it."""
+        from pytest_gpulab.baseline import covers, read_record
+
+        try:
+            known = read_record(self.options.report_dir / "decision-record.json").session.collected
+        except ValueError:
+            return ""
+        mine, theirs = collected(self.config), [path for path in known if (self.config.rootpath / path).exists()]
+        return "" if covers(mine, theirs) else only(mine, theirs)
 
     def _write(self, record: Record) -> None:
         from pytest_gpulab.files import replacing
@@ -262,7 +295,9 @@ class Session:
         from pytest_gpulab.baseline import load_baseline
 
         try:
-            return load_baseline(self.options.gate, self.options.target, self.options.accelerator)
+            return load_baseline(
+                self.options.gate, self.options.target, self.options.accelerator, collected(self.config)
+            )
         except ValueError as wrong:
             raise pytest.UsageError(f"--gpulab-gate: {wrong}") from None
 

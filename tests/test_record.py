@@ -221,6 +221,7 @@ NARROW = {
     "-x": (["-x"], "stopping after 1 failures"),
     "--maxfail": (["--maxfail=1"], "stopping after 1 failures"),
     "--stepwise": (["--stepwise"], "--stepwise"),
+    "-o": (["-o", "python_functions=test_a"], "-o python_functions=test_a"),
 }
 
 
@@ -283,6 +284,75 @@ def test_what_the_project_leaves_out_itself_is_no_narrowing(project: Project) ->
     assert [decision.id for decision in project.record.decisions] == ["a", "b"]
     project.run("-m", "not verify")
     assert project.partial.session.narrowed == "-m not verify"
+
+
+SHARD = """
+def pytest_collection_modifyitems(config, items):
+    gone = items[1::2]
+    {tell}
+    items[:] = items[::2]
+"""
+
+
+@pytest.mark.parametrize("tell", ["config.hook.pytest_deselected(items=gone)", "pass"], ids=["told", "untold"])
+def test_plugin_that_leaves_items_out_narrows(project: Project, tell: str) -> None:
+    """Even where the project leaves out some itself."""
+    project.pytester.makeini("[pytest]\naddopts = --deselect=test_exp.py::test_a[1]\n")
+    project.pytester.makepyfile(shard=SHARD.format(tell=tell))
+    project.pytester.syspathinsert()
+    project.write(TWO).run("-p", "shard")
+    assert not project.file().exists()
+    assert project.partial.session.narrowed == "a plugin left out test_exp.py::test_a[2] and 1 more"
+
+
+@pytest.fixture
+def two_folders(project: Project) -> Project:
+    """experiments/first and experiments/second, a decision each, as deep below the root as in many projects."""
+    for name in ("first", "second"):
+        folder = project.path / "experiments" / name
+        folder.mkdir(parents=True)
+        project.write(GOOD.replace("yes", name), f"experiments/{name}/test_{name}.py")
+    return project
+
+
+def test_folder_never_replaces_the_record_of_more(two_folders: Project) -> None:
+    two_folders.run("experiments/first")
+    assert two_folders.record.session.collected == ("experiments/first",)
+    two_folders.run("experiments")
+    assert [decision.id for decision in two_folders.record.decisions] == ["first", "second"]
+    two_folders.run("experiments/first")
+    assert two_folders.partial.session.narrowed == "only experiments/first of experiments"
+    assert len(two_folders.record.decisions) == 2
+    two_folders.run()
+    assert two_folders.record.session.collected == (".",)
+
+
+def test_folder_that_is_gone_keeps_no_record_from_being_replaced(two_folders: Project) -> None:
+    two_folders.run("experiments/first")
+    (two_folders.path / "experiments/first").rename(two_folders.path / "experiments/third")
+    two_folders.run("experiments/third", "experiments/second")
+    assert two_folders.record.session.collected == ("experiments/second", "experiments/third")
+
+
+def test_part_of_testpaths_is_narrowed(two_folders: Project) -> None:
+    two_folders.pytester.makeini("[pytest]\ntestpaths = plain experiments/\n")
+    two_folders.run("experiments/first")
+    assert not two_folders.file().exists()
+    assert two_folders.partial.session.narrowed == "only experiments/first of experiments"
+    two_folders.run("experiments")
+    assert len(two_folders.record.decisions) == 2
+
+
+def test_record_of_a_folder_is_no_baseline_for_more(two_folders: Project) -> None:
+    """A decision that broke elsewhere would read as new."""
+    two_folders.run("experiments/first")
+    two_folders.file().rename(two_folders.path / "baseline.json")
+    assert two_folders.run("experiments/first", "--gpulab-gate=baseline.json").ret == 0
+    result = two_folders.run("experiments", "--gpulab-gate=baseline.json")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(
+        ["*collected experiments/first, this one collects experiments: *give the record of *"]
+    )
 
 
 def test_file_that_cannot_be_collected_makes_the_record_partial(project: Project) -> None:

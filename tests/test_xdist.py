@@ -103,6 +103,16 @@ def test_narrowed_and_stopped(project: Project) -> None:
     assert project.partial.missing
 
 
+@pytest.mark.slow
+def test_plugin_that_leaves_items_out_of_workers_narrows(project: Project) -> None:
+    project.write(GOOD).write(MORE, "test_more.py")
+    with (project.path / "conftest.py").open("a") as conftest:
+        conftest.write("\ndef pytest_collection_modifyitems(items):\n    items[:] = items[:1]\n")
+    project.spawn("-n", "1")
+    assert not project.file().exists()
+    assert project.partial.session.narrowed.startswith("a plugin left out test_")
+
+
 def test_reruns(project: Project) -> None:
     project.write(
         """
