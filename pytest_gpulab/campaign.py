@@ -34,6 +34,15 @@ _SECONDS_PER_REQUEST = 5.0
 
 _PLANNING_LIMIT_S = 120.0
 
+_WRITERS = {
+    "cacheprovider": "-ocache_dir={folder}/cache",
+    "html": "--html=",
+    "junitxml": "--junitxml=",
+    "logging": "--log-file=",
+    "tmpdir": "--basetemp={folder}/tmp",
+}
+"""What keeps plugins of a session that is only played through from writing where the real one does."""
+
 
 def announcer(tell: Callable[[str], None]) -> Callable[[Sequence[Repeat]], None]:
     """A listener for the Lab that tells which runs come, and how long they will take."""
@@ -73,10 +82,9 @@ def _played_through(config: pytest.Config) -> list[Record]:
     """What the simulator makes of the session; empty if it could not."""
     with TemporaryDirectory(prefix="gpulab-plan-") as folder:
         options = ["--gpulab-target=plan", f"--gpulab-report-dir={folder}", "--gpulab-gate="]
-        if config.pluginmanager.has_plugin("cacheprovider"):
-            options.append(f"-ocache_dir={folder}")
-        if config.pluginmanager.has_plugin("html"):
-            options.append("--html=")
+        for plugin, option in _WRITERS.items():
+            if config.pluginmanager.has_plugin(plugin):
+                options.append(option.format(folder=folder))
         command = [sys.executable, "-m", "pytest", *config.invocation_params.args, *options]
         try:
             subprocess.run(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_gpulab.markers import Entry, catalog_of, enter
+from pytest_gpulab.markers import Entry, catalog_of, enter, entry_of
 from pytest_gpulab.narrowing import collected, deselected_by_an_option, narrowing, only
 from pytest_gpulab.options import options_of
 
@@ -87,11 +87,19 @@ class Session:
         UsageError on bad ones; a worker tells its controller instead and runs nothing.
         """
         self._problems = enter(items)
+        if self.options.target == "plan":
+            self._leave_ordinary_tests(items)
         self._entered = catalog_of(items)
         if self._problems and is_worker(self.config):
             items.clear()
         elif self._problems:
             raise pytest.UsageError("\n".join(self._problems))
+
+    def _leave_ordinary_tests(self, items: list[pytest.Item]) -> None:
+        """A session that is only played through must not do twice what is none of its business."""
+        ordinary = [item for item in items if entry_of(item) is None]
+        items[:] = [item for item in items if entry_of(item) is not None]
+        self.config.hook.pytest_deselected(items=ordinary)
 
     def note_deselected(self, items: Sequence[pytest.Item]) -> None:
         """Remember what an option leaves out; everything else that is gone in the end was left out by a plugin."""

@@ -11,6 +11,7 @@ from pytest_gpulab.campaign import arrivals_s, estimate_s, forecast, time_text
 from pytest_gpulab.experiment import ClosedLoop, Constant, Profile, Shape, Workload
 from pytest_gpulab.fleet import Fleet
 from pytest_gpulab.run_store import Question, RunStore
+from tests.conftest import Project
 from tests.known import known_run
 
 SHAPE = Shape(prompt_tokens=512, output_tokens=128)
@@ -36,6 +37,7 @@ def test_other(measure):
 def test_fleet(measure):
     assert measure(TRAFFIC, SERVED.on(Fleet())).p95 <= 1
 """
+GATE = "assert served(1).p50 <= 2.0"
 SERVED = Profile(model="qwen2.5-0.5b", accelerator="t4", engine_args={"max_model_len": 9216})
 TRAFFIC = Workload.model_validate(
     {"arrivals": {"kind": "poisson", "rate": 8}, "shape": SHAPE.model_dump(), "duration_s": 20}
@@ -94,6 +96,31 @@ def test_a_session_is_played_through_first(pytester: pytest.Pytester, monkeypatc
     target.server = lambda profile: ""
     assert "nothing is left to measure" in forecast(config, store, target)
     assert not Path(pytester.path, "reports").exists()
+
+
+def test_a_session_that_is_played_through_runs_no_ordinary_test(project: Project) -> None:
+    project.write("def test_plain():\n    open('ran', 'w')\n\n@decision('d', 's')\ndef test_d(served):\n    " + GATE)
+    project.run("--gpulab-target=plan").assert_outcomes(passed=1, deselected=1)
+    assert [decision.id for decision in project.record.decisions] == ["d"]
+    assert not (project.path / "ran").exists()
+
+
+@pytest.mark.slow
+def test_a_session_that_is_played_through_leaves_the_real_one_alone(pytester: pytest.Pytester) -> None:
+    """What the real session has in its temporary folder and its reports outlasts the forecast."""
+    pytester.makepyfile(test_study=STUDY + "\ndef test_plain():\n    open('ran', 'w')\n")
+    written = {name: pytester.path / name for name in ("temporary/mine", "junit.xml", "log.txt")}
+    (pytester.path / "temporary").mkdir()
+    for path in written.values():
+        path.write_text("of the real session")
+    config = pytester.parseconfig(
+        *("--gpulab-target=vllm", "--gpulab-campaign=quick", f"--rootdir={pytester.path}", str(pytester.path)),
+        *("--basetemp=temporary", "--junitxml=junit.xml", "--log-file=log.txt"),
+    )
+    target = SimpleNamespace(server=lambda profile: "vllm")
+    assert "24 runs" in forecast(config, RunStore(Path(pytester.path, "runs")), target)
+    assert {name: path.read_text() for name, path in written.items()} == dict.fromkeys(written, "of the real session")
+    assert not (pytester.path / "ran").exists()
 
 
 def test_a_plan_that_fails_is_no_forecast(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
