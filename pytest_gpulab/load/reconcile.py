@@ -46,8 +46,19 @@ def client_problems(outcome: Outcome) -> Iterator[str]:
     for kind, count in outcome.failures.items():
         if kind.startswith("client_error"):
             yield f"{count} requests failed in the client itself: {kind}"
+        if kind.startswith(("http_3", "http_4")) and kind not in _OVERLOADED:
+            status = kind.removeprefix("http_")
+            yield f"the server refused {count} requests with {status}: {_WHAT_TO_DO.get(status, _OTHERWISE)}"
     if outcome.interrupted:
         yield "interrupted before its end"
+
+
+_OVERLOADED = ("http_408", "http_429")
+"""What a server says because of the load; every other refusal would have come without any."""
+
+_KEY = "give the client the key that the server asks for"
+_WHAT_TO_DO = {"401": _KEY, "403": _KEY, "404": "check the address and the name by which it calls the model"}
+_OTHERWISE = "it does not take what was sent, whatever the load; its log says why"
 
 
 def lag_p99(lags: NDArray[np.float64]) -> float:

@@ -250,7 +250,13 @@ ANSWERS = {
         *(plain, empty_texts, pairs, miscounted, short, no_usage, error_event, truncated, cut, reset, hang),
         *(no_answer, comments, exit_now),
     )
-} | {"429": refuse("429 Too Many Requests"), "503": refuse("503 Service Unavailable")}
+} | {
+    status.partition(" ")[0]: refuse(status)
+    for status in (
+        *("302 Found", "400 Bad Request", "401 Unauthorized", "404 Not Found", "408 Request Timeout"),
+        *("429 Too Many Requests", "503 Service Unavailable"),
+    )
+}
 
 
 async def serve(options):
