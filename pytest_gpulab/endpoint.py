@@ -6,11 +6,17 @@ import os
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from email.message import Message
+from http.client import HTTPResponse
+from typing import IO, Any, NoReturn
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server under load.
+    """A server under load. ValueError: a URL that is none, or would show a password.
 
     Attributes:
         url: its base, without ``/v1`` and without a slash at the end.
@@ -31,6 +37,11 @@ class Endpoint:
     metrics_ca: str | None = None
 
     def __post_init__(self) -> None:
+        if any("@" in url for url in (self.url, *self.metrics_urls)):
+            raise ValueError(  # without the URL, which holds a password
+                "the URLs of an endpoint must come without USER:PASSWORD@, because records show them: cut it off; a "
+                "key goes into the environment, for the target endpoint as GPULAB_API_KEY"
+            )
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url must start with http:// or https://, got {self.url!r}")
         if self.url.rstrip("/").endswith("/v1"):
@@ -41,6 +52,23 @@ class Endpoint:
     def headers(self) -> dict[str, str]:
         """Headers of requests below /v1."""
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
+    def ask(self, path: str, timeout_s: float) -> HTTPResponse:
+        """The answer to a GET of `path`, with the key. OSError: none came, a refusal, or a redirect."""
+        request = Request(f"{self.url}{path}", headers=self.headers)
+        answer: HTTPResponse = build_opener(_NoRedirects).open(request, timeout=timeout_s)
+        return answer
+
+
+class _NoRedirects(HTTPRedirectHandler):
+    """The key is for the host that was asked; urllib would take it along to any other."""
+
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: Message[Any, Any], newurl: str
+    ) -> NoReturn:
+        there = urlsplit(newurl)
+        where = f"{there.scheme}://{there.netloc.rpartition('@')[2]}"
+        raise HTTPError(req.full_url, code, f"it redirects to {where}: give the URL that answers", headers, fp)
 
 
 def distrust(url: str, failure: OSError) -> str:

@@ -117,10 +117,16 @@ def gpu_utilization(run: Run) -> float:
     """Share of the billed accelerator time in which a request ran; 0 where nothing was billed, NaN where the server
     showed no metrics.
     """
-    sampled = float((run.server["num_requests_running"] > 0).sum()) if len(run.server) else math.nan
-    busy = run.totals.get("gpu_busy_seconds", sampled)
+    busy = run.totals.get("gpu_busy_seconds", _sampled_busy_seconds(run))
     billed = gpu_seconds(run)
     return busy / billed if billed else 0.0
+
+
+def _sampled_busy_seconds(run: Run) -> float:
+    """Seconds in which a request ran, by samples that each stand for the time since the one before."""
+    if not len(run.server):
+        return math.nan
+    return float(np.diff(run.server["time"], prepend=0.0)[run.server["num_requests_running"] > 0].sum())
 
 
 # --- what the fleet did ---------------------------------------------------------------------------------------

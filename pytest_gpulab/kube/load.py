@@ -26,7 +26,7 @@ from pytest_gpulab.kube.apply import apply
 from pytest_gpulab.kube.client import Kube
 from pytest_gpulab.kube.objects import Object, Ref
 from pytest_gpulab.kube.pool import Pool
-from pytest_gpulab.kube.shard_pod import SILENCE_S, PodLost, ShardPod, phase, terminated
+from pytest_gpulab.kube.shard_pod import SILENCE_S, PodLost, ShardPod, most_apart_s, phase, terminated
 from pytest_gpulab.kube.teardown import Teardown, remove
 from pytest_gpulab.kube.wait import WaitFailed, describe, pod_failure
 from pytest_gpulab.load.headroom import BeyondHeadroom
@@ -59,7 +59,7 @@ class Pods:
     """One pod a share. They load the model of `service`, which `serving_name` names.
 
     A pod starts at a time by its own clock: it is asked for the time beforehand, and half of the fastest answer's way
-    is how far its start may be off, in `Outcome.clock_error_s`.
+    is how far its start may be off. How far apart two may start is in `Outcome.clock_error_s`.
 
     BeyondHeadroom: a pod could not bring back what its share comes to.
     """
@@ -234,8 +234,7 @@ class Pods:
 
     def _outcome(self) -> Outcome:
         outcomes = [pod.heard.outcome for pod in self._pods if pod.heard.outcome is not None]
-        error_s = max(pod.error_s for pod in self._pods) if len(self._pods) > 1 else 0.0
-        return replace(merge(outcomes), clock_error_s=error_s)
+        return replace(merge(outcomes), clock_error_s=most_apart_s(self._pods))
 
 
 def _new_session(kube: Kube) -> aiohttp.ClientSession:

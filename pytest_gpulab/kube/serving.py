@@ -300,9 +300,8 @@ def _status(url: str) -> int | None:
 
 def _answers(endpoint: Endpoint) -> bool:
     """Whether the public way leads to the model. WaitFailed when it is not trusted, which time does not heal."""
-    request = urllib.request.Request(f"{endpoint.url}/v1/models", headers=endpoint.headers)
     try:
-        with urllib.request.urlopen(request, timeout=_ANSWER_TIMEOUT_S) as answer:
+        with endpoint.ask("/v1/models", _ANSWER_TIMEOUT_S) as answer:
             listed: dict[str, Any] = json.load(answer)
     except (OSError, ValueError) as failure:  # no such name yet, refused, 503 without targets, not JSON
         if isinstance(failure, OSError) and (why := distrust(endpoint.url, failure)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, Self
 
@@ -151,6 +151,14 @@ class ShardPod:
 
     def _url(self, what: str) -> str:
         return f"{self._kube.url}/api/v1/namespaces/{NAMESPACE}/pods/{self.name}/{what}"
+
+
+def most_apart_s(pods: Sequence[ShardPod]) -> float:
+    """How far apart pods may start, in seconds, when each is told the same moment by its own clock.
+
+    The worst is that the least known clocks are wrong into opposite directions. 0 for one pod.
+    """
+    return sum(sorted(pod.error_s for pod in pods)[-2:]) if len(pods) > 1 else 0.0
 
 
 def phase(pod: Object) -> str:

@@ -13,17 +13,19 @@ if TYPE_CHECKING:
     from pytest_gpulab.load.generator import run_load as run_load
     from pytest_gpulab.load.headroom import BeyondHeadroom as BeyondHeadroom
     from pytest_gpulab.load.headroom import Headroom as Headroom
+    from pytest_gpulab.load.headroom import NoHeadroom as NoHeadroom
     from pytest_gpulab.load.headroom import measure_headroom as measure_headroom
 
 _HOMES = {
     "BeyondHeadroom": "headroom",
     "Headroom": "headroom",
     "LoadInterrupted": "generator",
+    "NoHeadroom": "headroom",
     "measure_headroom": "headroom",
     "run_load": "generator",
 }
 
-__all__ = ["BeyondHeadroom", "Headroom", "LoadInterrupted", "measure_headroom", "run_load"]
+__all__ = ["BeyondHeadroom", "Headroom", "LoadInterrupted", "NoHeadroom", "measure_headroom", "run_load"]
 
 
 def __getattr__(name: str) -> Any:

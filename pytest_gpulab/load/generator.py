@@ -27,6 +27,7 @@ from pytest_gpulab.load.reconcile import (
     in_flight_means,
     lag_p99,
     little_problems,
+    sample_problems,
     server_problems,
 )
 from pytest_gpulab.load.servers import Servers
@@ -43,9 +44,6 @@ _SETTLE_S = 5.0
 _INTERRUPTED_SETTLE_S = 1.0
 
 _PROGRESS_S = 5.0
-
-_MOST_LOST = 0.1
-"""Share of the seconds that may go without a sample of the server."""
 
 
 class LoadInterrupted(KeyboardInterrupt):
@@ -239,8 +237,7 @@ def _problems(workload: Workload, evidence: _Evidence) -> Iterator[str]:
         return
     if scraper.restarts:
         yield f"a server restarted during the run ({scraper.restarts} times): its counters began again"
-    if scraper.lost > _MOST_LOST * evidence.wall_s:
-        yield f"{scraper.lost} samples of the metrics were lost in {evidence.wall_s:.0f} s"
+    yield from sample_problems(scraper.table, evidence.wall_s)
     if not (outcome.interrupted or scraper.restarts):
         yield from server_problems(workload, outcome, scraper.totals, complete=not scraper.cut_off)
         yield from little_problems(scraper.table, outcome)

@@ -32,6 +32,10 @@ class BeyondHeadroom(ValueError):
     """A load that this client cannot send in time."""
 
 
+class NoHeadroom(RuntimeError):
+    """Even the least load was late, which says something of this moment and nothing of what the client can do."""
+
+
 @dataclass(frozen=True)
 class Headroom:
     """What one process of this client was seen to do against a server that costs nothing.
@@ -55,13 +59,21 @@ class Headroom:
 
 
 def measure_headroom() -> Headroom:
-    """Raise the load against a null server until the client is late, some 10 to 20 s. Needs two idle cores."""
+    """Raise the load against a null server until the client is late, some 10 to 20 s. Needs two idle cores.
+
+    NoHeadroom: it was late from the first.
+    """
     reached = 0.0
     with null_server(_INTERVAL_S) as url:
         for rate in _RATES:
             if not any(_is_on_time(send_to(url, _rung(rate))) for _ in range(_TRIES)):
                 break
             reached = rate * _SHAPE.output_tokens
+    if not reached:
+        raise NoHeadroom(
+            f"this client must read {_RATES[0] * _SHAPE.output_tokens:,.0f} tokens/s in time from a server that "
+            f"costs nothing, it failed {_TRIES} times: other work keeps this machine busy; end it, then repeat"
+        )
     return Headroom(chunks_per_s=reached)
 
 
@@ -89,21 +101,32 @@ def _is_on_time(outcome: Outcome) -> bool:
 
 @contextmanager
 def null_server(interval_s: float) -> Iterator[str]:
-    """A null server in a process of its own; gives its URL. `interval_s`: seconds between two chunks of a stream."""
+    """A null server in a process of its own; gives its URL. `interval_s`: seconds between two chunks of a stream.
+
+    It ends with this process, whatever ends that: its stdin closes then.
+    """
     command = [sys.executable, "-m", "pytest_gpulab.load.null_server", str(interval_s)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        yield process.stdout.readline().strip()
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C reaches this process only
+    )
+    with process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.kill()
 
 
 def send_to(url: str, workload: Workload) -> Outcome:
-    """Send a workload from this process to a null server."""
+    """Send a workload from this process to a null server. KeyboardInterrupt: Ctrl-C has ended it."""
     share = Share(workload, Endpoint(url, "null"), seed=0, salt=(), longest_answer_s=60.0)
     sending = Sending(share)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(sending.run(time.perf_counter() + 0.05))
+        outcome = runner.run(sending.run(time.perf_counter() + 0.05))
+    if outcome.interrupted:
+        raise KeyboardInterrupt
+    return outcome

@@ -120,8 +120,6 @@ class Scraper:
         """Seconds in which a server ran a request, summed over the servers."""
         self.gpu_samples: list[GpuSample] = []
         """What pages of DCGM's exporter say of GPUs."""
-        self.lost = 0
-        """Readings during the run in which no vLLM answered."""
 
     @property
     def restarts(self) -> int:
@@ -166,7 +164,7 @@ class Scraper:
 
     @property
     def table(self) -> NDArray[Any]:
-        """SERVER_DTYPE, one row a second."""
+        """SERVER_DTYPE, one row a second; none while no vLLM answers, fewer while answers take longer."""
         return np.array(self._rows, dtype=SERVER_DTYPE)
 
     async def read_all(self, *, counts: bool = True, timeout_s: float = 10.0) -> bool:
@@ -199,11 +197,10 @@ class Scraper:
                 if _GAUGES[0] in page:  # a page of DCGM's exporter has none
                     read.append(page)
         if not read and any(server.owed for server in self._servers):
-            self.lost += 1
             return
         running, waiting, usage = (sum(page.get(name, 0.0) for page in read) for name in _GAUGES)
         totals = self.totals
-        since = self._rows[-1][0] if self._rows else now - 1
+        since = self._rows[-1][0] if self._rows else 0.0
         self.busy_s += (now - since) * sum(page[_GAUGES[0]] > 0 for page in read)
         usage /= max(len(read), 1)
         self._rows.append((now, running, waiting, usage, *(totals.get(name, 0.0) for name in _COUNTERS)))

@@ -2,13 +2,15 @@
 
 The first chunk of an answer comes at once, then every stream gets one chunk a tick, as from an engine that decodes
 all sequences in one step. A client that is measured against it measures itself. The first line on stdout is the URL.
-``GET`` gives the chunks sent in each second so far, as a JSON list.
+``GET`` gives the chunks sent in each second so far, as a JSON list. Its stdin must be a pipe: it ends when whoever
+holds the other end lets go, SIGKILL included.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import sys
 import time
@@ -88,6 +90,7 @@ async def _serve(interval_s: float) -> None:
     streams: set[_Connection] = set()
     chunks: Counter[int] = Counter()
     loop = asyncio.get_running_loop()
+    loop.add_reader(sys.stdin, os._exit, 0)
     server = await loop.create_server(lambda: _Connection(streams, chunks), "127.0.0.1", 0, backlog=2048)
     print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
     due = loop.time()

@@ -16,7 +16,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from urllib.request import Request, urlopen
 
 from pytest_gpulab.endpoint import Endpoint
 from pytest_gpulab.load.headroom import keeps_up
@@ -65,10 +64,9 @@ def service_url(environment: Mapping[str, str], service: str) -> str:
 def _unreachable(endpoint: Endpoint) -> str | None:
     """Why the model is not listed; None as soon as it is."""
     deadline = time.monotonic() + _ANSWER_S
-    request = Request(f"{endpoint.url}/v1/models", headers=endpoint.headers)
     while True:
         try:
-            with urlopen(request, timeout=_TIMEOUT_S) as answer:
+            with endpoint.ask("/v1/models", _TIMEOUT_S) as answer:
                 listed = [entry["id"] for entry in json.load(answer)["data"]]
             if endpoint.model in listed:
                 return None

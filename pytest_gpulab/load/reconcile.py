@@ -23,6 +23,12 @@ MOST_CLOCK_ERROR_S = 0.050
 """A shard that starts late shifts its arrivals against the others'; its latencies are its own and stay right. Up to
 this the shift is a step or two of a slow engine, and 1 % of the 5 s over which rates are looked at."""
 
+_MOST_APART_S = 2.5
+"""Samples up to so far apart show the server: one that is late, or a single one that did not come, is no loss."""
+
+_MOST_LOST = 0.1
+"""Share of the run that may go without samples of the server."""
+
 _LITTLE_TOLERANCE = 0.25
 _LITTLE_SAMPLES = 20
 
@@ -46,8 +52,19 @@ def client_problems(outcome: Outcome) -> Iterator[str]:
     for kind, count in outcome.failures.items():
         if kind.startswith("client_error"):
             yield f"{count} requests failed in the client itself: {kind}"
+        if kind.startswith(("http_3", "http_4")) and kind not in _OVERLOADED:
+            status = kind.removeprefix("http_")
+            yield f"the server refused {count} requests with {status}: {_WHAT_TO_DO.get(status, _OTHERWISE)}"
     if outcome.interrupted:
         yield "interrupted before its end"
+
+
+_OVERLOADED = ("http_408", "http_429")
+"""What a server says because of the load; every other refusal would have come without any."""
+
+_KEY = "give the client the key that the server asks for"
+_WHAT_TO_DO = {"401": _KEY, "403": _KEY, "404": "check the address and the name by which it calls the model"}
+_OTHERWISE = "it does not take what was sent, whatever the load; its log says why"
 
 
 def lag_p99(lags: NDArray[np.float64]) -> float:
@@ -100,6 +117,18 @@ def _cache_problems(workload: Workload, outcome: Outcome, totals: Mapping[str, f
         yield (
             f"{hits:,.0f} prompt tokens came from a warm prefix cache, the workload shares at most {asked:,}; start "
             "with a cold server and keep others off it"
+        )
+
+
+def sample_problems(server: NDArray[Any], lasted_s: float) -> Iterator[str]:
+    """Whether the samples cover the run, from its start to `lasted_s`, however many they are: a page that takes
+    seconds, or never comes, leaves its seconds without one."""
+    apart_s = np.diff(server["time"], prepend=0.0, append=lasted_s)
+    lost_s = apart_s[apart_s > _MOST_APART_S].sum()
+    if lost_s > _MOST_LOST * lasted_s:
+        yield (
+            f"no sample of the metrics came in {lost_s:.0f} of {lasted_s:.0f} s, more than {_MOST_LOST:.0%}: what "
+            "the server did then is not known; lower the rate, or leave the server's front end more CPU"
         )
 
 

@@ -64,7 +64,7 @@ class Outcome:
         ended_s: when the last answer ended, seconds from the run's start.
         counts: answers with wrong or missing usage blocks.
         interrupted: the run was ended from outside.
-        clock_error_s: how far from the run's start the shards may have started, at most; 0 on one machine.
+        clock_error_s: how far apart the shards may have started, at most; 0 on one machine.
     """
 
     requests: NDArray[Any]

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
-from urllib.request import Request, urlopen
+from urllib.request import urlopen
 
 from pytest_gpulab.endpoint import Endpoint, distrust
 from pytest_gpulab.experiment import Profile, Workload
@@ -46,9 +46,9 @@ class EndpointTarget:
     repeatable = False
 
     def __init__(self, url: str, served: Profile, metrics: str, log_dir: Path, tell: Callable[[str], None]) -> None:
-        self._address = Endpoint(url, served.model, api_key=os.environ.get(API_KEY))
+        given = (metrics,) if metrics else ()
+        self._address = Endpoint(url, served.model, api_key=os.environ.get(API_KEY), metrics_urls=given)
         self._served = served
-        self._metrics = metrics
         self._loading = Loading(log_dir / "interrupted", tell)
 
     @classmethod
@@ -111,8 +111,8 @@ class EndpointTarget:
     @property
     def _metrics_urls(self) -> tuple[str, ...]:
         """The page that was given, else /metrics where that is vLLM's."""
-        if self._metrics:
-            return (self._metrics,)
+        if self._address.metrics_urls:
+            return self._address.metrics_urls
         url = f"{self._address.url}/metrics"
         try:
             with urlopen(url, timeout=_PATIENCE_S) as answer:
@@ -130,8 +130,7 @@ class EndpointTarget:
         return f"{version} at {host}, declared as {self._served.accelerator}"
 
     def _get(self, path: str) -> Any:
-        request = Request(f"{self._address.url}{path}", headers=self._address.headers)
-        with urlopen(request, timeout=_PATIENCE_S) as answer:
+        with self._address.ask(path, _PATIENCE_S) as answer:
             basis = answer.headers.get("x-gpulab-basis", self.basis)
             if basis != self.basis:
                 raise ValueError(f"its answers are {basis}, which is no measurement")

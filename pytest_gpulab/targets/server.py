@@ -25,7 +25,7 @@ _MODULE = "vllm.entrypoints.openai.api_server"
 
 
 class StartFailed(Exception):
-    """The server ended, or did not answer in time; the message is its log's reason."""
+    """The server ended, or did not answer in time, or not in full; the message says why."""
 
 
 class Server:

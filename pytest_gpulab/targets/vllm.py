@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 
 WARM_UP = Workload(arrivals=ClosedLoop(concurrency=4), shape=Shape(prompt_tokens=128, output_tokens=16), requests=16)
 """Sent to a fresh server before it is measured: its first requests pay for what is loaded on first use."""
+
+_SERVER_KEY = "VLLM_API_KEY"
+"""Environment variable from which the server takes the key that it asks for."""
+
+_FAILED = "client_failed_"
 
 
 class VllmTarget:
@@ -117,25 +123,44 @@ class VllmTarget:
     # --- the server ---------------------------------------------------------------------------------------------
 
     def _server_for(self, profile: Profile) -> Server:
-        """The running server when it has the profile's arguments, else a new one. TargetRefused: no start."""
+        """The running server when it has the profile's arguments, else a new one. TargetRefused: none will answer."""
         arguments = self._arguments(profile)
         if self._running is not None and self._running.is_running and self._running.arguments == arguments:
             return self._running
         self.close()
         if arguments in self._refused:
             raise TargetRefused(self._refused[arguments])
+        try:
+            self._running = self._start(profile, arguments)
+        except StartFailed as failure:
+            self._refused[arguments] = str(failure)
+            raise TargetRefused(str(failure)) from None
+        return self._running
+
+    def _start(self, profile: Profile, arguments: tuple[str, ...]) -> Server:
+        """A new server, warm. StartFailed: it does not start, or does not answer."""
         assert self._vllm is not None
         self._starts += 1
         self._log_dir.mkdir(parents=True, exist_ok=True)
         log = self._log_dir / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{self._starts}.log"
         self._tell(f"starting vLLM: {' '.join(arguments)}")
+        server = Server(self._vllm.python, arguments, log)
         try:
-            self._running = Server(self._vllm.python, arguments, log)
-        except StartFailed as failure:
-            self._refused[arguments] = str(failure)
-            raise TargetRefused(str(failure)) from None
-        self._load(WARM_UP, profile, 0, self._running)
-        return self._running
+            self._warm_up(profile, server)
+        except BaseException:  # a server that is not warm is not measured
+            server.stop()
+            raise
+        return server
+
+    def _warm_up(self, profile: Profile, server: Server) -> None:
+        """Send the first requests. StartFailed when they are not all delivered: a run's would not be either."""
+        run = self._load(WARM_UP, profile, 0, server)
+        if not run.requests["ok"].all():
+            failures = {name.removeprefix(_FAILED): n for name, n in run.totals.items() if name.startswith(_FAILED)}
+            counted = ", ".join(f"{n:.0f} {kind}" for kind, n in failures.items())
+            raise StartFailed(
+                f"vLLM must answer the first {len(run.requests)} requests in full, got {counted}; see {server.log}"
+            )
 
     def _arguments(self, profile: Profile) -> tuple[str, ...]:
         model = find_model(profile.model).repository if self._model_dir is None else str(self._folder(profile))
@@ -143,7 +168,12 @@ class VllmTarget:
         return (*to_argv(profile, model), *random)
 
     def _load(self, workload: Workload, profile: Profile, seed: int, server: Server) -> Run:
-        endpoint = Endpoint(server.url, profile.model, metrics_urls=(f"{server.url}/metrics",))
+        endpoint = Endpoint(
+            server.url,
+            profile.model,
+            api_key=os.environ.get(_SERVER_KEY),
+            metrics_urls=(f"{server.url}/metrics",),
+        )
         return self._loading.run(
             workload, profile, seed, endpoint=endpoint, target=self.name, server=self.server(profile)
         )

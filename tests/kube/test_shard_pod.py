@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from pytest_gpulab.kube import shard_pod
-from pytest_gpulab.kube.shard_pod import PodLost, ShardPod
+from pytest_gpulab.kube.shard_pod import PodLost, ShardPod, most_apart_s
 from pytest_gpulab.kube.wait import WaitFailed
 
 AHEAD_S = 3600.0
@@ -67,6 +67,16 @@ def test_the_clock_is_right_within_the_bound(there_s: list[float], back_s: list[
     assert abs(pod.offset_s - AHEAD_S) <= pod.error_s
     fastest = min(a + b for a, b in zip(there_s, back_s, strict=True))
     assert pod.error_s >= fastest / 2
+
+
+def test_two_clocks_may_be_wrong_into_opposite_directions() -> None:
+    early, late = asked([0.0], [0.04]), asked([0.04], [0.0])
+    apart_s = abs(early.offset_s - late.offset_s)
+    assert apart_s <= most_apart_s([early, late]) == early.error_s + late.error_s
+    third = ShardPod(SimpleNamespace(), 0)  # type: ignore[arg-type]
+    third.error_s = 0.001
+    assert most_apart_s([early, third, late]) == most_apart_s([late, early])
+    assert most_apart_s([early]) == 0.0
 
 
 def test_a_pod_that_tells_no_time_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,10 @@
 
 ``python tests/load/golden.py '{...}'`` prints its URL. Options: ``delay_s`` before the first token, ``interval_s``
 between two, ``plan``: how to answer the first, second, ... request (the last entry counts for all further ones), the
-names of `ANSWERS`. ``GET /truth`` gives the records, ``GET /metrics`` counters of the same truth under vLLM's names,
-``GET /v1/models`` the models ``golden`` and ``qwen2.5-0.5b``. Times are CLOCK_MONOTONIC, which all processes of a
-machine share. It shares no code with the package.
+names of `ANSWERS`, ``pages``: how many pages of metrics come before they hang. ``GET /truth`` gives the records,
+``GET /metrics`` counters of the same truth under vLLM's names, ``GET /v1/models`` the models ``golden`` and
+``qwen2.5-0.5b``. Times are CLOCK_MONOTONIC, which all processes of a machine share. It shares no code with the
+package.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -26,9 +28,10 @@ STARTED = time.time()
 
 
 class Golden:
-    def __init__(self, delay_s=0.005, interval_s=0.001, plan=("plain",), metrics=None):
+    def __init__(self, delay_s=0.005, interval_s=0.001, plan=("plain",), metrics=None, pages=None):
         self.delay_s, self.interval_s, self.plan = delay_s, interval_s, plan
         self.extra_metrics = metrics or {}
+        self.pages_left = math.inf if pages is None else pages
         self.records = []
         self.counters = dict.fromkeys(
             ("request_success_total", "prompt_tokens_total", "generation_tokens_total", "prefix_cache_hits_total"), 0
@@ -50,6 +53,9 @@ class Golden:
         method, path, _ = head.split(" ", 2)
         lengths = [line for line in head.split("\r\n") if line.lower().startswith("content-length:")]
         body = await reader.readexactly(int(lengths[0].split(":")[1])) if lengths else b""
+        if path == "/metrics":
+            self.pages_left -= 1
+            await asyncio.sleep(0 if self.pages_left >= 0 else 3600)
         if method == "GET":
             models = '{"data": [{"id": "golden"}, {"id": "qwen2.5-0.5b"}]}'
             pages = {"/metrics": self.metrics, "/v1/models": lambda: models}
@@ -250,7 +256,13 @@ ANSWERS = {
         *(plain, empty_texts, pairs, miscounted, short, no_usage, error_event, truncated, cut, reset, hang),
         *(no_answer, comments, exit_now),
     )
-} | {"429": refuse("429 Too Many Requests"), "503": refuse("503 Service Unavailable")}
+} | {
+    status.partition(" ")[0]: refuse(status)
+    for status in (
+        *("302 Found", "400 Bad Request", "401 Unauthorized", "404 Not Found", "408 Request Timeout"),
+        *("429 Too Many Requests", "503 Service Unavailable"),
+    )
+}
 
 
 async def serve(options):

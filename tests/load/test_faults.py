@@ -34,6 +34,7 @@ def test_nobody_listens():
 @pytest.mark.parametrize(
     ("answer", "kind", "tokens"),
     [
+        ("408", "http_408", 0),
         ("429", "http_429", 0),
         ("503", "http_503", 0),
         ("reset", "reset", 3),
@@ -55,6 +56,22 @@ def test_answers_that_fail(answer, kind, tokens):
     assert np.isnan(bad["first_token"]).all() == (tokens == 0)
     assert run.requests["output_tokens"][run.requests["ok"]].tolist() == [6] * 10
     assert without_lag(run.problems) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "what_to_do"),
+    [
+        ("302", "its log says why"),
+        ("400", "its log says why"),
+        ("401", "give the client the key"),
+        ("404", "check the address and the name"),
+    ],
+)
+def test_a_server_that_refuses_the_client_shows_nothing_of_the_load(status, what_to_do):
+    with golden_server(plan=["plain", status]) as url:
+        run = load(url, requests(4))
+    (problem,) = without_lag(run.problems)
+    assert problem.startswith(f"the server refused 3 requests with {status}: ") and what_to_do in problem
 
 
 @pytest.mark.parametrize("answer", ["hang", "no_answer", "comments"])

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+from urllib.request import urlopen
+
 import pytest
 
 from pytest_gpulab.experiment import BoundedQueue, ClosedLoop, Constant, Poisson, Shape, SpikeToZero, Workload
-from pytest_gpulab.load.headroom import BeyondHeadroom, Headroom, measure_headroom, null_server, send_to
+from pytest_gpulab.load.headroom import BeyondHeadroom, Headroom, NoHeadroom, measure_headroom, null_server, send_to
 from pytest_gpulab.load.local import peak_chunk_rate, peak_rate, processes_for
 from pytest_gpulab.load.progress import Progress, of_all
 from tests.load.loads import requests
+from tests.targets.processes import wait_for
 
 SHAPE = Shape(prompt_tokens=64, output_tokens=50)
 
@@ -21,13 +28,76 @@ def test_a_null_server_answers_in_full():
     assert outcome.counts == {"whole": 30}  # with right usage blocks
 
 
-@pytest.mark.parametrize(("most_lag_s", "chunks_per_s"), [(10.0, 40 * 128), (-10.0, 0.0)])
-def test_headroom_is_the_last_load_on_time(monkeypatch, most_lag_s, chunks_per_s):
-    """With a bound that no machine misses, and with one that none keeps."""
+@pytest.fixture
+def short_rungs(monkeypatch):
     monkeypatch.setattr("pytest_gpulab.load.headroom._RATES", (10.0, 40.0))
     monkeypatch.setattr("pytest_gpulab.load.headroom._RUNG_S", 0.2)
-    monkeypatch.setattr("pytest_gpulab.load.headroom._MOST_LAG_S", most_lag_s)
-    assert measure_headroom().chunks_per_s == chunks_per_s
+
+
+def test_headroom_is_the_last_load_on_time(monkeypatch, short_rungs):
+    """With a bound that no machine misses."""
+    monkeypatch.setattr("pytest_gpulab.load.headroom._MOST_LAG_S", 10.0)
+    assert measure_headroom().chunks_per_s == 40 * 128
+
+
+def test_a_machine_that_is_too_busy_to_be_measured_has_no_headroom_of_zero(monkeypatch, short_rungs):
+    """With a bound that no machine keeps: no run may be refused because of it."""
+    monkeypatch.setattr("pytest_gpulab.load.headroom._MOST_LAG_S", -10.0)
+    with pytest.raises(NoHeadroom, match=r"1,280 tokens/s in time .* failed 3 times: .* end it, then repeat"):
+        measure_headroom()
+
+
+MEASURING = """
+import contextlib, sys
+from pytest_gpulab.load import headroom
+
+@contextlib.contextmanager
+def shown(interval_s, null_server=headroom.null_server):
+    with null_server(interval_s) as url:
+        print(url, flush=True)
+        yield url
+
+headroom.null_server = shown
+headroom._RUNG_S = 60.0
+try:
+    headroom.measure_headroom()
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+@pytest.fixture
+def measuring():
+    """A process group that measures its headroom, as a terminal has it, and where its null server listens."""
+    command = [sys.executable, "-c", MEASURING]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0) as process:
+        yield process, process.stdout.readline().strip()
+        process.kill()
+
+
+def test_ctrl_c_ends_the_measuring(measuring):
+    """Once load has come, so that it is Ctrl-C in the middle of a rung; the null server is no part of it."""
+    process, url = measuring
+    wait_for(lambda: urlopen(url).read() != b"[]")
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=30)[0] == "interrupted\n"
+
+
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
+def test_the_null_server_does_not_outlive_its_holder(measuring, number):
+    process, url = measuring
+    urlopen(url).close()
+    process.send_signal(number)
+    process.wait()
+    wait_for(lambda: is_refused(url))
+
+
+def is_refused(url):
+    try:
+        urlopen(url, timeout=5).close()
+    except OSError:
+        return True
+    return False
 
 
 def test_peaks_are_those_of_the_schedule():

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 STAND_IN = '''
-"""Takes vLLM's arguments; behaves as its ``--model`` folder is called."""
+"""Takes vLLM's arguments; behaves as its ``--model`` folder is called. Refuses every request, or emulates vLLM."""
 import json, os, signal, subprocess, sys, time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -27,10 +27,16 @@ if behaviour == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if behaviour == "hangs":
     time.sleep(600)
+if behaviour == "emulates":
+    asked = ("--model", flags["--served-model-name"], "--accelerator", "t4", "--port", flags["--port"])
+    sys.exit(subprocess.call([sys.executable, "-m", "pytest_gpulab", "serve", *asked]))
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
+        self.end_headers()
+    def do_POST(self):
+        self.send_response(401)
         self.end_headers()
     def log_message(self, *_): ...
 

@@ -179,6 +179,10 @@ def test_an_emulated_server_is_not_measured(remote: Remote) -> None:
             ("--gpulab-endpoint=http://x/v1", "--gpulab-endpoint-serves=--model llama-3.1-8b"),
             "must come without /v1",
         ),
+        (
+            ("--gpulab-endpoint=http://u:pw@x", "--gpulab-endpoint-serves=--model llama-3.1-8b"),
+            "must come without USER:PASSWORD@",
+        ),
     ],
 )
 def test_what_is_missing_is_said_at_once(pytester: pytest.Pytester, options: tuple[str, ...], message: str) -> None:

@@ -72,7 +72,7 @@ def test_no_key_of_the_environment_is_in_the_logs(
     machine: Path, loads: list[tuple[Workload, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """vLLM logs its arguments, so a key must never be one."""
-    for name in ("GPULAB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+    for name in ("GPULAB_API_KEY", "VLLM_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "planted-key")
     told: list[str] = []
     target = VllmTarget(machine / "models", machine / "logs", told.append)
@@ -115,6 +115,35 @@ def test_a_server_that_cannot_start_is_asked_once(machine: Path, loads: list[tup
             target.run(WORKLOAD, T4, 0)
     assert len(list((machine / "logs").iterdir())) == 1
     assert loads == []
+
+
+def test_a_server_that_refuses_the_client_is_blocked(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked once, and ended: it would refuse every run, which would read as a model that delivers nothing."""
+    monkeypatch.setattr(loading.Loading, "headroom", None)
+    target = target_on(machine)
+    for _ in range(2):
+        with pytest.raises(
+            TargetRefused, match=r"must answer the first 16 requests in full, got 16 http_401; see .*log"
+        ):
+            target.run(WORKLOAD, T4, 0)
+    [log] = (machine / "logs").iterdir()
+    wait_for(lambda: all(map(is_gone, pids_in(log))))
+
+
+@pytest.mark.slow
+def test_the_client_has_the_key_that_the_server_asks_for(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading.Loading, "headroom", None)
+    monkeypatch.setenv("VLLM_API_KEY", "planted-key")
+    target = target_on(machine)
+    target._folder = lambda profile: machine / "models" / "emulates"  # type: ignore[method-assign]
+    (machine / "models" / "emulates").mkdir()
+    told: list[str] = []
+    target._tell = told.append
+    run = target.run(Workload(arrivals=WORKLOAD.arrivals, shape=WORKLOAD.shape, requests=1), T4, 0)
+    target.close()
+    assert run.requests["ok"].all()
+    [log] = (machine / "logs").iterdir()
+    assert "planted-key" not in f"{told} {run} {log.read_text()}"
 
 
 def test_it_says_what_serves(machine: Path) -> None:
