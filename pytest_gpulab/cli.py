@@ -81,6 +81,7 @@ def _fit(options: argparse.Namespace) -> int:
     runs = of_calibration(every, options.output.stem)
     source = options.source or ", ".join(path.name for path in options.data)
     like = load_calibration(options.like) if options.like else None
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     report = fit_calibration(runs, source=source, like=like, check=not options.no_check)
     options.output.write_text(report.calibration.model_dump_json(indent=1) + "\n", encoding="utf-8")
     _print_errors("each run predicted by a fit without it", report.left_out)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
+from annotated_types import Ge
+
+from pytest_gpulab.catalog import with_own
 from pytest_gpulab.errors import unknown_name
 
+Count = Annotated[int, Ge(1)]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """A decoder-only transformer with full attention.
 
@@ -18,15 +25,15 @@ class Model:
     name: str
     repository: str
     """Where its weights are published, as vLLM's ``--model`` takes it."""
-    parameters: int
-    layers: int
-    kv_heads: int
-    head_size: int
-    max_position: int
+    parameters: Count
+    layers: Count
+    kv_heads: Count
+    head_size: Count
+    max_position: Count
     """Longest sequence in tokens, vLLM's default ``max_model_len``."""
-    hidden_size: int
-    intermediate_size: int
-    vocab_size: int
+    hidden_size: Count
+    intermediate_size: Count
+    vocab_size: Count
     tied_embeddings: bool
     """Whether the output layer is the input embedding."""
 
@@ -44,27 +51,44 @@ MODELS = {
     model.name: model
     for model in (
         Model(
-            "qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B-Instruct", 494_032_768, 24, 2, 64, 32_768, 896, 4_864, 151_936, True
+            name="qwen2.5-0.5b",
+            repository="Qwen/Qwen2.5-0.5B-Instruct",
+            parameters=494_032_768,
+            layers=24,
+            kv_heads=2,
+            head_size=64,
+            max_position=32_768,
+            hidden_size=896,
+            intermediate_size=4_864,
+            vocab_size=151_936,
+            tied_embeddings=True,
         ),
         Model(
-            "llama-3.1-8b",
-            "meta-llama/Llama-3.1-8B-Instruct",
-            8_030_261_248,
-            32,
-            8,
-            128,
-            131_072,
-            4_096,
-            14_336,
-            128_256,
-            False,
+            name="llama-3.1-8b",
+            repository="meta-llama/Llama-3.1-8B-Instruct",
+            parameters=8_030_261_248,
+            layers=32,
+            kv_heads=8,
+            head_size=128,
+            max_position=131_072,
+            hidden_size=4_096,
+            intermediate_size=14_336,
+            vocab_size=128_256,
+            tied_embeddings=False,
         ),
     )
 }
+"""Those that are shipped."""
+
+
+def models() -> Mapping[str, Model]:
+    """All that are known, by name: shipped, and in the user's catalog. ValueError for a wrong file there."""
+    return with_own("models", Model, MODELS)
 
 
 def find_model(name: str) -> Model:
     """The model called `name`; ValueError lists the known ones."""
-    if name not in MODELS:
-        raise ValueError(unknown_name("model", name, MODELS))
-    return MODELS[name]
+    known = models()
+    if name not in known:
+        raise ValueError(f"{unknown_name('model', name, known)}; --gpulab-catalog adds your own")
+    return known[name]

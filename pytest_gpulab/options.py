@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import pytest
 
+from pytest_gpulab.catalog import VARIABLE
 from pytest_gpulab.verdict import BASES
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class _Option(NamedTuple):
 _OPTIONS = {
     "target": _Option("sim", "NAME", "where experiments run"),
     "accelerator": _Option("t4", "NAME", "accelerator under study, offered by the `accelerator` fixture"),
+    "catalog": _Option("", "DIR", "folder of your own models, accelerators and calibrations (or $GPULAB_CATALOG)"),
     "max-repeats": _Option("24", "N", "most repeats a gate may pull: 6, 12, 18 or 24"),
     "seed": _Option("0", "N", "seed of the first repeat; repeat i runs under seed N + i"),
     "require": _Option("simulated", "BASIS", "weakest evidence that decides: simulated, emulated or measured"),
@@ -77,6 +80,7 @@ class Options:
 
     target: str
     accelerator: str
+    catalog: Path | None
     max_repeats: int
     first_seed: int
     require: Basis
@@ -103,6 +107,7 @@ class Options:
             + (f", loaded from the {self.load_from}" if self.load_from != "client" else "")
             + (f", {self.require} evidence required" if self.require != "simulated" else "")
             + (f", gate {shown(self.gate)}" if self.gate else "")
+            + (f", catalog {shown(self.catalog)}" if self.catalog else "")
         )
 
 
@@ -134,6 +139,33 @@ def add_options(parser: pytest.Parser) -> None:
         parser.addini(_key(name), f"{option.help}{default}", default="")
 
 
+def use_catalog(config: pytest.Config) -> None:
+    """Let this session, and every process that it starts, find the user's catalog. UsageError for a wrong one.
+
+    That must be before conftest files are imported, which may name what is in it: options are known, but not parsed.
+    """
+    given = getattr(config.known_args_namespace, _key("catalog"), None)
+    value = config.getini(_key("catalog")) if given is None else given
+    base = config.rootpath if given is None else config.invocation_params.dir
+    if given is None and not value:
+        value, base = os.environ.get(VARIABLE, ""), config.invocation_params.dir
+    environment = pytest.MonkeyPatch()
+    config.add_cleanup(environment.undo)
+    if not value:
+        environment.delenv(VARIABLE, raising=False)
+        return
+    environment.setenv(VARIABLE, str(base / Path(value).expanduser()))
+    from pytest_gpulab.accelerators import accelerators
+    from pytest_gpulab.engine.calibration import own_calibrations
+    from pytest_gpulab.models import models
+
+    try:
+        for read in (models, accelerators, own_calibrations):
+            read()
+    except ValueError as wrong:
+        raise pytest.UsageError(f"--gpulab-catalog: {wrong}") from None
+
+
 def resolve_options(config: pytest.Config) -> Options:
     """The options of this session. UsageError names the option, the value and what would be right."""
     target = _checked(config, "target", _known_target)
@@ -149,6 +181,7 @@ def resolve_options(config: pytest.Config) -> Options:
     options = Options(
         target=target,
         accelerator=_checked(config, "accelerator", _known_accelerator),
+        catalog=Path(os.environ[VARIABLE]) if VARIABLE in os.environ else None,
         max_repeats=most,
         first_seed=_checked(config, "seed", _seed),
         require=_checked(config, "require", _basis),

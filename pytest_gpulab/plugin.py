@@ -10,7 +10,7 @@ import pytest
 
 from pytest_gpulab import watch
 from pytest_gpulab.markers import MARKERS
-from pytest_gpulab.options import OPTIONS_KEY, add_options, options_of, resolve_options
+from pytest_gpulab.options import OPTIONS_KEY, add_options, options_of, resolve_options, use_catalog
 from pytest_gpulab.report import terminal
 from pytest_gpulab.session import SESSION_KEY, Session, session_of
 from pytest_gpulab.shared_pool import POOL_KEY, SharedPool, shared_pool_of
@@ -24,6 +24,11 @@ pytest_plugins = ["pytest_gpulab.fixtures.cluster", "pytest_gpulab.fixtures.meas
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     add_options(parser)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    use_catalog(early_config)
 
 
 def pytest_configure(config: pytest.Config) -> None:

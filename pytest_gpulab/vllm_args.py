@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from pytest_gpulab.errors import in_one_line
 from pytest_gpulab.experiment import EngineArgs, Profile
-from pytest_gpulab.models import MODELS, find_model
+from pytest_gpulab.models import find_model, models
 
 _IGNORED = (
     *("--host", "--port", "--load-format", "--tokenizer", "--api-key", "--served-model-name"),
@@ -84,5 +84,5 @@ def _add_flag(parser: argparse.ArgumentParser, name: str) -> None:
 
 def _model_name(given: str) -> str:
     """The lab's name of a model given as a repository, a folder or that name."""
-    by_repository = {model.repository: model.name for model in MODELS.values()}
+    by_repository = {model.repository: model.name for model in models().values()}
     return by_repository.get(given) or find_model(given.rstrip("/").rsplit("/", 1)[-1]).name

@@ -72,7 +72,7 @@ SPOT = Shortage(capacity_type="spot")
         ),
         (
             lambda: Profile(model="llama-3.1-8b", accelerator="h200", instance_type="g4dn.xlarge"),
-            "one that carries the h200, of p5e or p5en, got g4dn.xlarge; leave it out for p5en.48xlarge",
+            "one that carries the h200, of p5en or p5e, got g4dn.xlarge; leave it out for p5en.48xlarge",
         ),
     ],
 )

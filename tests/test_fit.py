@@ -230,7 +230,7 @@ def test_a_calibration_of_another_accelerator_is_refused():
 
 def test_a_missing_number_format_is_refused():
     profile = Profile(model="qwen2.5-0.5b", accelerator="h200", engine_args=EngineArgs(quantization="fp8"))
-    with pytest.raises(ValueError, match="has no number format 'fp8-weights', only base; measure it"):
+    with pytest.raises(ValueError, match="has no number format 'fp8-weights', only base; measure all of them on"):
         find_variant(profile)
 
 

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final, Literal, get_args
 
+from pytest_gpulab.accelerators import MIB, Accelerator, own_accelerators
 from pytest_gpulab.cluster.clock import Clock, Timer
 from pytest_gpulab.cluster.quantity import Amounts
+from pytest_gpulab.errors import unknown_name
 from pytest_gpulab.fleet import NO_FAULTS, Faults, Shortage, Zone
 
 GIB: Final = 1024**3
@@ -86,6 +88,36 @@ INSTANCE_TYPES: Final = (
     InstanceType("p5en.48xlarge", 192, 2048 * GIB, 8, "h200", 144384, 43.264),
     InstanceType("p6-b200.48xlarge", 192, 2048 * GIB, 8, "b200", 183296, 113.93),
 )
+
+
+def instance_types() -> tuple[InstanceType, ...]:
+    """What is sold: INSTANCE_TYPES, and others that accelerators in the user's catalog name."""
+    sold = {kind.name: kind for kind in INSTANCE_TYPES}
+    for own in own_accelerators().values():
+        sold.setdefault(own.instance_type, _machine(own))
+    return tuple(sold.values())
+
+
+def _machine(own: Accelerator) -> InstanceType:
+    """One GPU; nobody states its processors and memory, so they are more than a server asks for."""
+    memory_mib = own.memory_bytes // MIB
+    return InstanceType(own.instance_type, 8, 64 * GIB, 1, own.name, memory_mib, own.price_usd_per_hour)
+
+
+def machine_for(instance_type: str, accelerator: str) -> InstanceType:
+    """The machine that is sold under this name. ValueError when none is, or it carries another accelerator."""
+    kinds = {kind.name: kind for kind in instance_types()}
+    if instance_type not in kinds:
+        raise ValueError(unknown_name("instance type of the emulated cloud", instance_type, kinds))
+    kind = kinds[instance_type]
+    if kind.gpu_name != accelerator:
+        raise ValueError(
+            f"the emulated cloud's {instance_type} must carry the profile's accelerator {accelerator}, it carries "
+            f"{kind.gpu_name}; give the accelerator an instance type of its own"
+        )
+    return kind
+
+
 ZONES: Final[tuple[str, ...]] = get_args(Zone)
 SPOT_SHARE: Final = 0.4
 """Spot price as a share of the on-demand price; a round figure, the market's own moves."""

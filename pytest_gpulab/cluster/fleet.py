@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytest_gpulab.cluster.clock import VirtualClock
-from pytest_gpulab.cluster.cloud import INSTANCE_TYPES, Offering, catalog
+from pytest_gpulab.cluster.cloud import Offering, catalog, machine_for
 from pytest_gpulab.cluster.durations import PROFILES, stages_text
 from pytest_gpulab.cluster.edge import Client, Edge, LimitedClient, OpenClient
 from pytest_gpulab.cluster.embedded import DeadlineExceeded, EmbeddedCluster
@@ -24,12 +24,11 @@ from pytest_gpulab.cluster.replica import Ledger, Replica
 from pytest_gpulab.cluster.resources import DEPLOYMENT, NODE, NODE_CLAIM, NODE_POOL, POD, Resource, Resources
 from pytest_gpulab.cluster.service import ready_pods
 from pytest_gpulab.cluster.timeline import Timeline
-from pytest_gpulab.engine.calibration import find_variant, variant_name
+from pytest_gpulab.engine.calibration import costs_text, find_variant
 from pytest_gpulab.engine.jumping import NeedsStepping
 from pytest_gpulab.engine.outcome import totals
 from pytest_gpulab.engine.scheduler import EngineRefused
 from pytest_gpulab.engine.simulation import definition_hash, make_plan
-from pytest_gpulab.errors import unknown_name
 from pytest_gpulab.experiment import ClosedLoop, Direct, Profile, Workload, require_servable
 from pytest_gpulab.fleet import NO_FAULTS, Fleet
 from pytest_gpulab.render import NAMESPACE, documents, gpu_capacity, instance_type_of, serving_name, serving_objects
@@ -254,7 +253,7 @@ class _Simulation:
                 basis="simulated",
                 seed=self._seed,
                 definition_hash=definition_hash(self._profile, self._workload),
-                server=f"{self._calibration.name} {variant_name(self._profile)}, {stages}",
+                server=f"{costs_text(self._profile, self._calibration)}, {stages}",
                 relative_error=self._variant.relative_error,
             ),
             timeline=self._timeline.entries(),
@@ -324,8 +323,8 @@ def _kind_of(obj: Object) -> Resource:
 
 def _offerings(profile: Profile) -> tuple[Offering, ...]:
     """The profile's machine at the profile's price. FleetRefused when the emulated cloud does not sell it."""
-    kinds = {kind.name: kind for kind in INSTANCE_TYPES}
-    machine = instance_type_of(profile)
-    if machine not in kinds:
-        raise FleetRefused(unknown_name("instance type of the emulated cloud", machine, kinds))
-    return catalog([replace(kinds[machine], price=profile.price * kinds[machine].gpus)])
+    try:
+        machine = machine_for(instance_type_of(profile), profile.accelerator)
+    except ValueError as refusal:
+        raise FleetRefused(str(refusal)) from None
+    return catalog([replace(machine, price=profile.price * machine.gpus)])

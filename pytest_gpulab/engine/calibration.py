@@ -1,17 +1,27 @@
 """Calibrations: what one step and one request cost on a model, accelerator and number format.
 
-They are JSON files in `calibrations/`, written by ``gpulab fit`` from measured runs; nothing in them is typed in
-by hand.
+They are JSON files in `calibrations/` and in the user's catalog, written by ``gpulab fit`` from measured runs;
+nothing in them is typed in by hand.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cache
 from importlib import resources
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
+from pytest_gpulab.accelerators import find_accelerator
+from pytest_gpulab.catalog import own_facts
 from pytest_gpulab.experiment import Profile
+from pytest_gpulab.models import find_model
+
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _Coefficients(BaseModel):
@@ -32,12 +42,12 @@ class GpuCost(_Coefficients):
     context less efficiently, `per_context_token_mixed_s`.
     """
 
-    step_s: float
-    per_token_s: float
-    per_decode_s: float
-    per_context_token_s: float
-    per_context_token_mixed_s: float
-    per_attended_token_s: float
+    step_s: Amount
+    per_token_s: Amount
+    per_decode_s: Amount
+    per_context_token_s: Amount
+    per_context_token_mixed_s: Amount
+    per_attended_token_s: Amount
 
 
 class CpuCost(_Coefficients):
@@ -49,11 +59,11 @@ class CpuCost(_Coefficients):
     (`launch_small_s`), and above 512 tokens in all every kernel (`launch_large_s`).
     """
 
-    step_s: float
-    per_sequence_s: float
-    per_prefill_s: float
-    launch_small_s: float
-    launch_large_s: float
+    step_s: Amount
+    per_sequence_s: Amount
+    per_prefill_s: Amount
+    launch_small_s: Amount
+    launch_large_s: Amount
 
 
 class FrontEndCost(_Coefficients):
@@ -64,12 +74,12 @@ class FrontEndCost(_Coefficients):
     `prompt_token_latency_s` to every token of a prompt; they occupy nobody (network, wake-ups, other threads).
     """
 
-    per_request_s: float
-    per_prompt_token_s: float
-    per_output_token_s: float
-    per_chunk_s: float
-    latency_s: float
-    prompt_token_latency_s: float
+    per_request_s: Amount
+    per_prompt_token_s: Amount
+    per_output_token_s: Amount
+    per_chunk_s: Amount
+    latency_s: Amount
+    prompt_token_latency_s: Amount
 
 
 class Variant(_Coefficients):
@@ -78,7 +88,7 @@ class Variant(_Coefficients):
     gpu: GpuCost
     cpu: CpuCost
     front_end: FrontEndCost
-    relative_error: float
+    relative_error: Amount
     """How far absolute figures may be off: the larger of the two medians below."""
     runs: int
     """How many measured runs the fit used."""
@@ -122,19 +132,56 @@ def variant_name(profile: Profile) -> str:
     return "+".join(parts) or "base"
 
 
+def own_calibrations() -> Mapping[str, Calibration]:
+    """Those in the user's catalog, by name. ValueError for a wrong file there.
+
+    They take the place of shipped ones: whoever has measured a newer vLLM, or one more number format, knows better.
+    """
+    return own_facts("calibrations", Calibration)
+
+
 def calibration_names() -> list[str]:
-    """The calibrations that exist, sorted."""
-    files = resources.files("pytest_gpulab.engine.calibrations").iterdir()
-    return sorted(f.name.removesuffix(".json") for f in files if f.name.endswith(".json"))
+    """The calibrations that exist, sorted: shipped, and in the user's catalog."""
+    return sorted({*_shipped_names(), *own_calibrations()})
+
+
+def load_calibration(name: str) -> Calibration:
+    """The calibration called `name`; ValueError lists those that exist."""
+    own = own_calibrations()
+    if name in own:
+        return own[name]
+    if name not in _shipped_names():
+        raise ValueError(
+            f"no calibration {name!r}; there are: {', '.join(calibration_names())}; measure on the target vllm, fit "
+            "with `gpulab fit`, and add the file with --gpulab-catalog"
+        )
+    return _shipped(name)
 
 
 @cache
-def load_calibration(name: str) -> Calibration:
-    """The calibration called `name`; ValueError lists those that exist."""
-    if name not in calibration_names():
-        raise ValueError(f"no calibration {name!r}; there are: {', '.join(calibration_names())}")
+def _shipped_names() -> frozenset[str]:
+    files = resources.files("pytest_gpulab.engine.calibrations").iterdir()
+    return frozenset(file.name.removesuffix(".json") for file in files if file.name.endswith(".json"))
+
+
+@cache
+def _shipped(name: str) -> Calibration:
     text = (resources.files("pytest_gpulab.engine.calibrations") / f"{name}.json").read_text()
     return Calibration.model_validate_json(text)
+
+
+def costs_text(profile: Profile, calibration: Calibration) -> str:
+    """What a Run says of its costs: ``t4-qwen2.5-0.5b base``.
+
+    With the user's own calibration it says ``t4-qwen2.5-0.5b (own, 0b1f9e6a4c2d) base``. The digest is over the
+    calibration, the model and the accelerator: runs are told apart when any of them was changed.
+    """
+    own = ""
+    if calibration.name in own_calibrations():
+        facts = (asdict(find_model(profile.model)), asdict(find_accelerator(profile.accelerator)))
+        text = json.dumps((calibration.model_dump(mode="json"), *facts), sort_keys=True)
+        own = f" (own, {hashlib.sha256(text.encode()).hexdigest()[:12]})"
+    return f"{calibration.name}{own} {variant_name(profile)}"
 
 
 def find_variant(profile: Profile, name: str | None = None) -> tuple[Calibration, Variant]:
@@ -153,6 +200,7 @@ def find_variant(profile: Profile, name: str | None = None) -> tuple[Calibration
     if variant not in calibration.variants:
         raise ValueError(
             f"calibration {calibration.name!r} has no number format {variant!r}, only "
-            f"{', '.join(sorted(calibration.variants))}; measure it and fit it with `gpulab fit`"
+            f"{', '.join(sorted(calibration.variants))}; measure all of them on the target vllm, fit them with "
+            "`gpulab fit`, and add the file with --gpulab-catalog: it takes the place of this one"
         )
     return calibration, calibration.variants[variant]

@@ -29,7 +29,7 @@ def scheduler_limits(accelerator: Accelerator) -> tuple[int, int]:
     """vLLM's defaults of (max_num_seqs, max_num_batched_tokens) for its API server."""
     if accelerator.memory_bytes >= 160 * GIB:
         return 1024, 16384
-    if accelerator.memory_bytes >= 70 * GIB and accelerator.name != "a100":
+    if accelerator.memory_bytes >= 70 * GIB and "a100" not in accelerator.name:
         return 1024, 8192
     return 256, 2048
 

@@ -25,7 +25,6 @@ from pytest_gpulab.engine.defaults import bytes_per_block, scheduler_config, wei
 from pytest_gpulab.engine.measured import FIGURES, SERVED_FIGURES, MeasuredRun, table_figures
 from pytest_gpulab.engine.plan import Plan
 from pytest_gpulab.engine.simulation import run_plan
-from pytest_gpulab.errors import unknown_name
 from pytest_gpulab.models import find_model
 
 Vector = NDArray[np.float64]
@@ -51,13 +50,6 @@ START: Mapping[str, float] = {
     "front_end.prompt_token_latency_s": 1e-6,
 }
 """Where the terms of the host start: round numbers of the right order for vLLM's V1 engine."""
-
-DATA_SHEETS: Mapping[str, tuple[float, float]] = {
-    "h100": (3.35e12, 989e12),
-    "h200": (4.8e12, 989e12),
-    "t4": (320e9, 65e12),
-}
-"""Memory bandwidth in bytes/s and dense 16-bit operations/s: where the terms of the GPU start."""
 
 _PER_DECODE_S = 5e-6
 _PER_DECODE_V0_S = 1e-4
@@ -189,10 +181,9 @@ def start_like(known: Calibration, accelerator: str) -> Vector:
     return vector_of(known.variants["base"].model_copy(update={"traced_host": 1.0})) * [*factors, 1.0]
 
 
-def _sheet(accelerator: str) -> tuple[float, float]:
-    if accelerator not in DATA_SHEETS:
-        raise ValueError(unknown_name("accelerator with a data sheet", accelerator, DATA_SHEETS))
-    return DATA_SHEETS[accelerator]
+def _sheet(name: str) -> tuple[float, float]:
+    accelerator = find_accelerator(name)
+    return accelerator.bytes_per_s, accelerator.operations_per_s
 
 
 def vector_of(variant: Variant) -> Vector:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from pytest_gpulab.arrivals import schedule
-from pytest_gpulab.engine.calibration import Calibration, Variant, find_variant, variant_name
+from pytest_gpulab.engine.calibration import Calibration, Variant, costs_text, find_variant
 from pytest_gpulab.engine.defaults import scheduler_config
 from pytest_gpulab.engine.jumping import NeedsStepping, run_jumping
 from pytest_gpulab.engine.outcome import Outcome
@@ -41,7 +41,7 @@ def simulate(profile: Profile, workload: Workload, *, calibration: str | None = 
             basis="simulated",
             seed=seed,
             definition_hash=definition_hash(profile, workload),
-            server=f"{source.name} {variant_name(profile)}",
+            server=costs_text(profile, source),
             relative_error=variant.relative_error,
         ),
         problems=tuple(outcome.problems),

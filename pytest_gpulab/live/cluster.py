@@ -13,7 +13,7 @@ from pytest_gpulab.cluster.api.access import new_certificates
 from pytest_gpulab.cluster.api.custom_metrics import pod_metrics
 from pytest_gpulab.cluster.api.server import ApiServer
 from pytest_gpulab.cluster.auto_mode import C6A_LARGE, GENERAL_PURPOSE
-from pytest_gpulab.cluster.cloud import INSTANCE_TYPES, catalog
+from pytest_gpulab.cluster.cloud import catalog, instance_types
 from pytest_gpulab.cluster.embedded import EmbeddedCluster
 from pytest_gpulab.cluster.resources import NODE_POOL
 from pytest_gpulab.fleet import NO_FAULTS, Faults
@@ -59,7 +59,7 @@ async def live_cluster(
         clock,
         seed=seed,
         faults=faults,
-        offerings=catalog((*INSTANCE_TYPES, C6A_LARGE)),
+        offerings=catalog((*instance_types(), C6A_LARGE)),
         read=lambda pod: servers.read(pod),
         rules=(),
     )

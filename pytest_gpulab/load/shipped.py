@@ -11,8 +11,8 @@ from importlib.resources import files
 from typing import Final
 
 _MODULES: Final = (
-    *("__init__", "accelerators", "arrivals", "definition", "endpoint", "errors", "experiment", "fleet", "models"),
-    *("run", "engine/__init__", "engine/client"),
+    *("__init__", "accelerators", "arrivals", "catalog", "definition", "endpoint", "errors", "experiment", "fleet"),
+    *("models", "run", "engine/__init__", "engine/client"),
     *("load/__init__", "load/answer", "load/bodies", "load/headroom", "load/local", "load/null_server", "load/pod"),
     *("load/progress", "load/reconcile", "load/sending", "load/shard", "load/share", "load/sse", "load/wire"),
     "load/words",

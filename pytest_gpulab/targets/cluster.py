@@ -7,11 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from pytest_gpulab.cluster.cloud import INSTANCE_TYPES, SPOT_SHARE
+from pytest_gpulab.cluster.cloud import SPOT_SHARE, InstanceType, machine_for
 from pytest_gpulab.cluster.durations import stages_text
-from pytest_gpulab.engine.calibration import find_variant, variant_name
+from pytest_gpulab.engine.calibration import costs_text, find_variant
 from pytest_gpulab.engine.defaults import scheduler_config
-from pytest_gpulab.errors import unknown_name
 from pytest_gpulab.experiment import Profile, Workload
 from pytest_gpulab.gates import TargetRefused
 from pytest_gpulab.render import instance_type_of
@@ -51,13 +50,14 @@ class ClusterTarget:
         """Whose step costs and cold starts are emulated, and where the load came from unless from this machine."""
         cluster = f", {stages_text(profile.fleet.stages, profile.accelerator)}" if profile.fleet else ""
         loaded = "" if self._load_from == "client" else f", loaded from {LOADED_FROM[self._load_from]}"
-        return f"emulated by {find_variant(profile)[0].name} {variant_name(profile)}{cluster}{loaded}"
+        return f"emulated by {costs_text(profile, find_variant(profile)[0])}{cluster}{loaded}"
 
     def run(self, workload: Workload, profile: Profile, seed: int) -> Run:
         """Have the profile served, or its fleet deployed, and load it. TargetRefused when it cannot be emulated."""
         try:
             calibration, variant = find_variant(profile)
             scheduler_config(profile, calibration.reserved_bytes)
+            machine = machine_for(instance_type_of(profile), profile.accelerator)
         except ValueError as refusal:
             raise TargetRefused(str(refusal)) from None
         if unloadable := loading_refusal(profile, self._load_from):
@@ -75,21 +75,16 @@ class ClusterTarget:
         if profile.fleet is None:
             served = self._serving.serve(profile)
             return load(endpoint=served.endpoint, elsewhere=served.pods)
-        return run_fleet(load, profile, self._serving.deploy, _tariff(profile))
+        return run_fleet(load, profile, self._serving.deploy, _tariff(profile, machine))
 
     def close(self) -> None:
         """The session's pool ends what it has started."""
 
 
-def _tariff(profile: Profile) -> Tariff:
-    """The emulated cloud's, at the profile's price. TargetRefused when it has none of the type."""
-    kinds = {kind.name: kind for kind in INSTANCE_TYPES}
-    machine = instance_type_of(profile)
-    if machine not in kinds:
-        raise TargetRefused(unknown_name("instance type of the emulated cloud", machine, kinds))
-    gpus = kinds[machine].gpus
+def _tariff(profile: Profile, machine: InstanceType) -> Tariff:
+    """The emulated cloud's, at the profile's price."""
 
     def price_of(instance_type: str, capacity_type: str) -> float:
-        return profile.price * gpus * (SPOT_SHARE if capacity_type == "spot" else 1.0)
+        return profile.price * machine.gpus * (SPOT_SHARE if capacity_type == "spot" else 1.0)
 
-    return Tariff(price_of, gpus)
+    return Tariff(price_of, machine.gpus)

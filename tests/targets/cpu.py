@@ -9,8 +9,27 @@ from pytest_gpulab.accelerators import ACCELERATORS, GIB, Accelerator
 from pytest_gpulab.models import MODELS, Model
 from pytest_gpulab.targets.loading import Loading
 
-CPU = Accelerator("cpu", 8 * GIB, "c7i.large", ("c7i",), 0.1)
-TINY = Model("tiny", "nobody/tiny", 9_000_000, 2, 2, 64, 2048, 256, 512, 32_768, True)
+CPU = Accelerator(
+    name="cpu",
+    memory_bytes=8 * GIB,
+    bytes_per_s=20e9,
+    operations_per_s=1e12,
+    instance_type="c7i.large",
+    price_usd_per_hour=0.1,
+)
+TINY = Model(
+    name="tiny",
+    repository="nobody/tiny",
+    parameters=9_000_000,
+    layers=2,
+    kv_heads=2,
+    head_size=64,
+    max_position=2048,
+    hidden_size=256,
+    intermediate_size=512,
+    vocab_size=32_768,
+    tied_embeddings=True,
+)
 
 
 def register() -> None:
