@@ -58,6 +58,15 @@ def test_a_ramp_offers_the_integral_of_its_rate() -> None:
     assert np.diff(times[times > 30]) == pytest.approx(1 / 8)
 
 
+@pytest.mark.parametrize(("start_rate", "rate"), [(0, 10), (1, 10), (10, 1), (4, 4)])
+@pytest.mark.parametrize("duration_s", [30.0, 60.0, 90.0])
+def test_a_ramp_offers_its_integral_up_and_down(start_rate: float, rate: float, duration_s: float) -> None:
+    ramped = min(duration_s, 60.0)
+    integral = start_rate * ramped + (rate - start_rate) / 60 * ramped**2 / 2 + rate * (duration_s - ramped)
+    ramp = Ramp(start_rate=start_rate, rate=rate, ramp_s=60)
+    assert len(schedule(workload(ramp, duration_s=duration_s), 0)) == pytest.approx(integral, abs=1)
+
+
 @given(start=st.floats(0, 20), rate=st.floats(0.5, 20), ramp_s=st.floats(1, 60))
 def test_a_ramp_never_goes_back_in_time(start: float, rate: float, ramp_s: float) -> None:
     times = schedule(workload(Ramp(start_rate=start, rate=rate, ramp_s=ramp_s), requests=200), 0)["scheduled"]
