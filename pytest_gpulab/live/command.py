@@ -17,7 +17,7 @@ def add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         description="Runs the embedded cluster until it is interrupted, for kubectl and the kubernetes client. Pods "
         "with a GPU are emulated vLLM servers, an Ingress is a load balancer on 127.0.0.1.",
     )
-    parser.add_argument("--kubeconfig", required=True, type=Path, metavar="FILE", help="write the way in here")
+    parser.add_argument("--kubeconfig", required=True, type=Path, metavar="FILE", help="write the way in here: a new file, removed at the end")
     parser.add_argument("--port", type=port, default=0, help="on 127.0.0.1 (default: any free one)")
     parser.add_argument(
         "--speed", type=float, default=1.0, help="cluster seconds a second; requests take their own time (default: 1)"
@@ -30,7 +30,10 @@ def add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def run_cluster(options: argparse.Namespace) -> int:
-    """Serve until SIGINT or SIGTERM; the kubeconfig is removed at the end, whatever ends it."""
+    """Serve until SIGINT or SIGTERM; the kubeconfig is removed at the end, whatever ends it.
+
+    ValueError when that file is there already.
+    """
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         runner.run(_run(options))
     return 0
@@ -50,4 +53,4 @@ async def _run(options: argparse.Namespace) -> None:
                 cluster.failed.add_done_callback(lambda failed: stop.set())
                 await stop.wait()
             finally:
-                path.unlink(missing_ok=True)
+                cluster.api.remove_kubeconfig(path)

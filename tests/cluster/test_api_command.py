@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from kubernetes import client, config
 
+from pytest_gpulab.cli import main
+from pytest_gpulab.cluster.api import kubeconfig
 from pytest_gpulab.cluster.api.schemas import SHIPPED, compact, schemas
 
 
@@ -28,6 +30,30 @@ def test_the_command_serves_until_it_is_told_to_stop(tmp_path: Path, number: sig
         assert names == ["default", "kube-system"]
         process.send_signal(number)
         assert process.wait(10) == 0
+    assert not path.exists()
+
+
+OTHERS = {"apiVersion": "v1", "kind": "Config", "clusters": [{"name": "production", "cluster": {}}]}
+
+
+@pytest.mark.parametrize("text", [json.dumps({**OTHERS, "users": [], "contexts": []}), "clusters: []", "", "[1]"])
+def test_a_file_of_others_is_left_alone(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config"
+    path.write_text(text)
+    assert main(["cluster", "--kubeconfig", str(path)]) == 2
+    assert f"must not exist yet, got {path}; name a new file" in capsys.readouterr().err
+    assert path.read_text() == text
+
+
+def test_what_a_killed_cluster_left_is_replaced_and_what_another_wrote_since_stays(tmp_path: Path) -> None:
+    path = tmp_path / "config"
+    killed, running = (kubeconfig.kubeconfig("https://127.0.0.1:1", b"", token) for token in ("one", "two"))
+    kubeconfig.write(path, killed)
+    kubeconfig.write(path, running)
+    kubeconfig.remove(path, killed)
+    assert json.loads(path.read_text()) == running
+    assert path.stat().st_mode & 0o777 == 0o600
+    kubeconfig.remove(path, running)
     assert not path.exists()
 
 

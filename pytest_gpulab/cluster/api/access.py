@@ -1,4 +1,4 @@
-"""Who may talk to the server: TLS from an authority made at start, a bearer token, and the kubeconfig with both."""
+"""Who may talk to the server: TLS from an authority made at start, and a bearer token."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hmac
 import ipaddress
 import secrets
 import ssl
-from base64 import b64encode
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -104,18 +103,3 @@ def is_authorized(header: str, token: str) -> bool:
     """Whether an Authorization header carries the token."""
     scheme, _, given = header.partition(" ")
     return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode())
-
-
-def kubeconfig(url: str, authority: bytes, token: str, namespace: str = "default") -> dict[str, object]:
-    """What `kubectl --kubeconfig` and `kubernetes.config.load_kube_config` read."""
-    name = "gpulab"
-    cluster = {"server": url, "certificate-authority-data": b64encode(authority).decode()}
-    context = {"cluster": name, "user": name, "namespace": namespace}
-    return {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "clusters": [{"name": name, "cluster": cluster}],
-        "users": [{"name": name, "user": {"token": token}}],
-        "contexts": [{"name": name, "context": context}],
-        "current-context": name,
-    }

@@ -13,12 +13,11 @@ from typing import Self
 
 from aiohttp import web
 
-from pytest_gpulab.cluster.api import discovery, openapi
+from pytest_gpulab.cluster.api import discovery, kubeconfig, openapi
 from pytest_gpulab.cluster.api.access import (
     LOOPBACK,
     Certificates,
     is_authorized,
-    kubeconfig,
     new_certificates,
     new_token,
 )
@@ -84,15 +83,16 @@ class ApiServer:
         """Where it listens."""
         return f"https://{LOOPBACK}:{self.port}"
 
-    def kubeconfig(self, namespace: str = "default") -> dict[str, object]:
-        """How to reach it, with the token."""
-        return kubeconfig(self.url, self._certificates.authority, self.token, namespace)
+    def write_kubeconfig(self, path: Path) -> None:
+        """Write how to reach it, with the token. ValueError when `path` exists and is not such a file."""
+        kubeconfig.write(path, self._kubeconfig())
 
-    def write_kubeconfig(self, path: Path, namespace: str = "default") -> None:
-        """Write the kubeconfig where only this user can read it."""
-        path.unlink(missing_ok=True)
-        path.touch(mode=0o600)
-        path.write_text(json.dumps(self.kubeconfig(namespace), indent=1) + "\n", encoding="utf-8")
+    def remove_kubeconfig(self, path: Path) -> None:
+        """Remove what was written there, if it is still that."""
+        kubeconfig.remove(path, self._kubeconfig())
+
+    def _kubeconfig(self) -> kubeconfig.Kubeconfig:
+        return kubeconfig.kubeconfig(self.url, self._certificates.authority, self.token)
 
     async def start(self) -> None:
         """Listen; `port` is then the one in use."""
