@@ -78,9 +78,7 @@ def _times(workload: Workload, random: np.random.Generator) -> NDArray[np.float6
     if isinstance(arrivals, Constant):
         return _until(count, duration_s, lambda k: k / arrivals.rate, arrivals.rate)
     if isinstance(arrivals, Ramp):
-        return _until(
-            count, duration_s, lambda k: _ramp_time(arrivals, k), max(arrivals.start_rate, arrivals.rate)
-        )
+        return _until(count, duration_s, lambda k: _ramp_time(arrivals, k), max(arrivals.start_rate, arrivals.rate))
     if isinstance(arrivals, SpikeToZero):
         assert duration_s is not None
         return _random_times(None, min(arrivals.spike_s, duration_s), 1.0, arrivals.rate, random)

@@ -84,7 +84,8 @@ class Autoscaling(Definition):
     """
 
     policy: Literal["running", "active-pressure"] = "active-pressure"
-    target: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.0
+    target: Annotated[float, Field(ge=0.001, allow_inf_nan=False)] = 8.0
+    """Kubernetes tells thousandths apart."""
     min_replicas: Count = 1
     max_replicas: Count = 4
     scale_down_window_s: Annotated[int, Field(ge=0, le=3600)] | None = None

@@ -110,6 +110,9 @@ def _container(container: Object) -> Object:
 
 
 def _probe(probe: Object) -> Object:
+    """A number that is 0 counts as left out."""
+    if any(probe.get(name) == 0 for name in _PROBE):
+        probe = {name: value for name, value in probe.items() if value != 0 or name not in _PROBE}
     filled = under(_PROBE, probe)
     if filled.get("httpGet"):
         filled = {**filled, "httpGet": under({"scheme": "HTTP", "path": "/"}, filled["httpGet"])}
@@ -179,15 +182,17 @@ def _check_job(job: Object) -> None:
     policy = at(spec, "template.spec.restartPolicy")
     if policy not in ("Never", "OnFailure"):
         raise errors.invalid(
-            *(kinds.JOB, job["metadata"]["name"], "spec.template.spec.restartPolicy"),
-            f'Required value: valid values: "OnFailure", "Never", got "{policy}"',
-            cause="FieldValueRequired",
+            *(kinds.JOB, job["metadata"]["name"]),
+            errors.Cause(
+                "spec.template.spec.restartPolicy",
+                f'Required value: valid values: "OnFailure", "Never", got "{policy}"',
+                "FieldValueRequired",
+            ),
         )
     if spec["completionMode"] == "Indexed" and spec.get("completions") is None:
         raise errors.invalid(
-            *(kinds.JOB, job["metadata"]["name"], "spec.completions"),
-            "Required value: when completion mode is Indexed",
-            cause="FieldValueRequired",
+            *(kinds.JOB, job["metadata"]["name"]),
+            errors.Cause("spec.completions", "Required value: when completion mode is Indexed", "FieldValueRequired"),
         )
 
 

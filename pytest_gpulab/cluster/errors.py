@@ -10,7 +10,7 @@ ApiError
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from pytest_gpulab.cluster.resources import Resource
 
@@ -145,9 +145,19 @@ def modified(resource: Resource, name: str) -> Conflict:
     return conflict(resource, name, why)
 
 
-def invalid(resource: Resource, name: str, field: str, why: str, *, cause: str = "FieldValueInvalid") -> Invalid:
+class Cause(NamedTuple):
+    """What is wrong with one field: its path and why, in the API server's words."""
+
+    field: str
+    why: str
+    reason: str = "FieldValueInvalid"
+
+
+def invalid(resource: Resource, name: str, *causes: Cause) -> Invalid:
     """`Deployment.apps "web" is invalid: spec.selector: why`"""
     kind = f"{resource.kind}.{resource.group}" if resource.group else resource.kind
     details = {**about(resource, name), "kind": resource.kind}
-    causes = [{"reason": cause, "message": why, "field": field}]
-    return Invalid(f'{kind} "{name}" is invalid: {field}: {why}', causes=causes, **details)
+    told = ", ".join(f"{cause.field}: {cause.why}" for cause in causes)
+    text = told if len(causes) == 1 else f"[{told}]"
+    listed = [{"reason": cause.reason, "message": cause.why, "field": cause.field} for cause in causes]
+    return Invalid(f'{kind} "{name}" is invalid: {text}', causes=listed, **details)

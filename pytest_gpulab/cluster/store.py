@@ -206,9 +206,9 @@ class Store:
             raise errors.invalid(
                 resource,
                 "",
-                "metadata.name",
-                "Required value: name or generateName is required",
-                cause="FieldValueRequired",
+                errors.Cause(
+                    "metadata.name", "Required value: name or generateName is required", "FieldValueRequired"
+                ),
             )
         if resource.namespaced:
             meta["namespace"] = meta.get("namespace") or namespace
@@ -257,15 +257,15 @@ class Store:
     def _check_immutable(self, resource: Resource, old: Object, new: Object) -> None:
         for path in resource.immutable:
             if at(old, path) != at(new, path):
-                raise errors.invalid(resource, name_of(old), path, "Invalid value: field is immutable")
+                why = "Invalid value: field is immutable"
+                raise errors.invalid(resource, name_of(old), errors.Cause(path, why))
         if is_deleting(old):
             had = old["metadata"].get("finalizers") or []
             added = [item for item in new["metadata"].get("finalizers") or [] if item not in had]
             if added:
                 why = "Forbidden: no new finalizers can be added if the object is being deleted, found new finalizers"
-                raise errors.invalid(
-                    resource, name_of(old), "metadata.finalizers", f"{why} {added}", cause="FieldValueForbidden"
-                )
+                cause = errors.Cause("metadata.finalizers", f"{why} {added}", "FieldValueForbidden")
+                raise errors.invalid(resource, name_of(old), cause)
 
     def _replace(self, resource: Resource, old: Object, obj: Object, dry_run: bool) -> Object:
         new = {**obj, "apiVersion": old["apiVersion"], "kind": old["kind"], "metadata": _kept_metadata(old, obj)}

@@ -17,7 +17,13 @@ def add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         description="Runs the embedded cluster until it is interrupted, for kubectl and the kubernetes client. Pods "
         "with a GPU are emulated vLLM servers, an Ingress is a load balancer on 127.0.0.1.",
     )
-    parser.add_argument("--kubeconfig", required=True, type=Path, metavar="FILE", help="write the way in here: a new file, removed at the end")
+    parser.add_argument(
+        "--kubeconfig",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="write the way in here: a new file, removed at the end",
+    )
     parser.add_argument("--port", type=port, default=0, help="on 127.0.0.1 (default: any free one)")
     parser.add_argument(
         "--speed", type=float, default=1.0, help="cluster seconds a second; requests take their own time (default: 1)"

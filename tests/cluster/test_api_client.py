@@ -253,10 +253,11 @@ def test_autoscalers_and_binding(api: client.ApiClient, served: Served) -> None:
 
 def test_custom_objects_and_definitions(api: client.ApiClient) -> None:
     custom = client.CustomObjectsApi(api)
-    pool = {"apiVersion": "karpenter.sh/v1", "kind": "NodePool", "metadata": {"name": "gpu"}, "spec": {"weight": 1}}
+    pool = {"apiVersion": "karpenter.sh/v1", "kind": "NodePool", "metadata": {"name": "gpu"}}
+    pool["spec"] = {"weight": 1, "template": {"spec": {"requirements": []}}}
     custom.create_cluster_custom_object("karpenter.sh", "v1", "nodepools", pool)
     custom.patch_cluster_custom_object("karpenter.sh", "v1", "nodepools", "gpu", {"spec": {"weight": 5}})
-    assert custom.get_cluster_custom_object("karpenter.sh", "v1", "nodepools", "gpu")["spec"] == {"weight": 5}
+    assert custom.get_cluster_custom_object("karpenter.sh", "v1", "nodepools", "gpu")["spec"]["weight"] == 5
     names = {"plural": "runs", "kind": "Run", "singular": "run"}
     version = {"name": "v1", "served": True, "storage": True, "subresources": {"status": {}}}
     spec = {"group": "lab.io", "scope": "Namespaced", "names": names, "versions": [version]}
@@ -315,6 +316,11 @@ def test_server_side_apply_meets_an_autoscaler(api: client.ApiClient, tmp_path: 
     assert 'conflict with "hpa"' in json.loads(error.value.body)["message"]
     without = deployments.server_side_apply(deployment(), **options)
     assert without.spec.replicas == 3
+    part = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "web"}, "spec": {"paused": True}}
+    assert deployments.server_side_apply(part, namespace="default", field_manager="pauser").spec.paused
+    with pytest.raises(ApiException) as error:
+        deployments.server_side_apply({**part, "metadata": {"name": "new"}}, **options)
+    assert refused(error) == (422, "Invalid")
 
 
 def test_malformed_requests_are_refused_and_the_server_lives(api: client.ApiClient, served: Served) -> None:

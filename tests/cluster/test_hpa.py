@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from pytest_gpulab.cluster import hpa
 from pytest_gpulab.cluster.hpa import (
@@ -18,6 +19,7 @@ from pytest_gpulab.cluster.hpa import (
     ScalingRules,
     Tolerance,
 )
+from pytest_gpulab.fleet import Autoscaling
 
 R, P, F = "Running", "Pending", "Failed"
 TARGET = 5000
@@ -209,3 +211,9 @@ def test_replicas_stay_within_their_bounds(behavior, least, most, wishes):
         past.scaled(now, current, after)
         assert least <= after <= most
         current = after
+
+
+def test_a_target_that_kubernetes_cannot_tell_from_zero_is_refused() -> None:
+    assert Autoscaling(target=0.001).target == 0.001
+    with pytest.raises(ValidationError, match=r"target\s+Input should be greater than or equal to 0.001"):
+        Autoscaling(target=0.0004)

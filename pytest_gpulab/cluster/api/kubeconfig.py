@@ -1,4 +1,4 @@
-"""The way in to an embedded cluster: what its kubeconfig says, and the file, which is there as long as the cluster."""
+"""The way in to an embedded cluster: what its kubeconfig says, and the file, there as long as the cluster."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from pytest_gpulab.cluster.api.patch import APPLY, patched
 from pytest_gpulab.cluster.api.requests import Call, flag, whole
 from pytest_gpulab.cluster.api.subresources import bind, evict, rescaled, scale_of
 from pytest_gpulab.cluster.api.tables import table
-from pytest_gpulab.cluster.api.validation import checked
+from pytest_gpulab.cluster.api.validation import checked, typed
 from pytest_gpulab.cluster.api.watching import selects
 from pytest_gpulab.cluster.errors import BadRequest, Expired, NotAllowed
 from pytest_gpulab.cluster.objects import Object, name_of, namespace_of, timestamp, uid_of
@@ -103,7 +103,7 @@ def _read_token(token: str) -> tuple[str, tuple[str, str]]:
 
 
 def _create(store: Store, call: Call) -> Answer:
-    obj, warnings = _body(call)
+    obj, warnings = checked(call.resource, _body(call), _strictness(call))
     obj = _placed(call, obj)
     meta = obj["metadata"]
     if not meta.get("name") and meta.get("generateName"):
@@ -113,7 +113,7 @@ def _create(store: Store, call: Call) -> Answer:
 
 
 def _replace(store: Store, call: Call) -> Answer:
-    obj, warnings = _body(call)
+    obj, warnings = checked(call.resource, _body(call), _strictness(call))
     obj = _placed(call, obj)
     if name_of(obj) != call.name:
         raise BadRequest(f"the name of the object ({name_of(obj)}) does not match the name on the URL ({call.name})")
@@ -136,14 +136,14 @@ def _apply(store: Store, call: Call) -> Answer:
     if not call.query.get("fieldManager"):
         why = "fieldManager: Required value: is required for apply patch"
         raise BadRequest(f"PatchOptions.meta.k8s.io is invalid: {why}")
-    config, warnings = _body(call)
+    config, warnings = typed(call.resource, _body(call), _strictness(call))
     config = _placed(call, config)
     config["metadata"].setdefault("name", call.name)
     live = store.find(call.resource, call.name, call.namespace)
     manager = _manager(call, "Apply")
     new = applied(call.resource, live, config, manager, force=flag(call.query, "force"), time=_now(store))
+    new = checked(call.resource, new, "Ignore")[0]
     if live is None:
-        new = checked(call.resource, new, "Ignore")[0]
         return Answer(store.create(call.resource, new, call.namespace, dry_run=call.dry_run), 201, warnings)
     if not config["metadata"].get("resourceVersion"):
         new["metadata"]["resourceVersion"] = live["metadata"]["resourceVersion"]
@@ -170,7 +170,7 @@ def _store(store: Store, call: Call, new: Object) -> Object:
     return write(call.resource, new, dry_run=call.dry_run)
 
 
-def _body(call: Call) -> tuple[Object, list[str]]:
+def _body(call: Call) -> Object:
     body = call.body
     if not isinstance(body, dict):
         raise BadRequest(f"the body must be a JSON object, got {type(body).__name__}")
@@ -180,7 +180,7 @@ def _body(call: Call) -> tuple[Object, list[str]]:
             f"the API version in the data ({version}, kind {kind}) does not match the expected API version "
             f"({call.resource.api_version}, kind {call.resource.kind})"
         )
-    return checked(call.resource, body, _strictness(call))
+    return body
 
 
 def _strictness(call: Call) -> str:

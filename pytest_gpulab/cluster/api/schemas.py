@@ -17,10 +17,16 @@ from pytest_gpulab.cluster.resources import BUILT_IN, Resource
 Schema = Mapping[str, Any]
 REFERENCE = "#/components/schemas/"
 SHIPPED = "kubernetes-1.32.json.gz"
+QUANTITY = "quantity"
+"""The format of amounts; Kubernetes knows them by the name of their schema alone."""
 _KIND = "x-kubernetes-group-version-kind"
 _LOOSE = {
     "io.k8s.apimachinery.pkg.util.intstr.IntOrString": {"x-kubernetes-int-or-string": True, "type": "string"},
-    "io.k8s.apimachinery.pkg.api.resource.Quantity": {"x-kubernetes-int-or-string": True, "type": "string"},
+    "io.k8s.apimachinery.pkg.api.resource.Quantity": {
+        "x-kubernetes-int-or-string": True,
+        "type": "string",
+        "format": QUANTITY,
+    },
 }
 _KEY_DEFAULTS = {"protocol": "TCP"}
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from pytest_gpulab.cluster.api.schemas import Schema, child, items, schema_of
-from pytest_gpulab.cluster.errors import BadRequest, Invalid, about
-from pytest_gpulab.cluster.objects import Object
+from pytest_gpulab.cluster.api.schemas import QUANTITY, Schema, child, items, schema_of
+from pytest_gpulab.cluster.api.values import wrong_values
+from pytest_gpulab.cluster.errors import BadRequest, Cause, invalid
+from pytest_gpulab.cluster.objects import Object, at
+from pytest_gpulab.cluster.quantity import is_quantity
 from pytest_gpulab.cluster.resources import Resource
 
+_QUANTITY = "'^([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)$'"
 _TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
     "integer": (int,),
@@ -40,7 +43,23 @@ def decode(resource: Resource, obj: Object) -> Decoded:
 
 
 def checked(resource: Resource, obj: Object, field_validation: str) -> tuple[Object, list[str]]:
-    """The object to store and the warnings to send. Wrong types, missing and, if Strict, unknown fields raise."""
+    """The object to store and the warnings to send. Wrong types and values, missing and, if Strict, unknown fields
+    raise."""
+    decoded, warnings = _decoded(resource, obj, field_validation)
+    wrong = [Cause(path, "Required value", "FieldValueRequired") for path in decoded.missing]
+    wrong = wrong or wrong_values(resource, decoded.obj)
+    if wrong:
+        raise invalid(resource, at(obj, "metadata.name", ""), *wrong)
+    return decoded.obj, warnings
+
+
+def typed(resource: Resource, obj: Object, field_validation: str) -> tuple[Object, list[str]]:
+    """The same for a part of an object, which may leave out what the whole has."""
+    decoded, warnings = _decoded(resource, obj, field_validation)
+    return decoded.obj, warnings
+
+
+def _decoded(resource: Resource, obj: Object, field_validation: str) -> tuple[Decoded, list[str]]:
     if not isinstance(obj, dict) or not isinstance(obj.get("metadata") or {}, dict):
         raise BadRequest(f"the object must be a JSON object with metadata, got {type(obj).__name__}")
     decoded = decode(resource, obj)
@@ -55,19 +74,7 @@ def checked(resource: Resource, obj: Object, field_validation: str) -> tuple[Obj
             f'{resource.kind} in version "{resource.version}" cannot be handled as a {resource.kind}: '
             "strict decoding error: " + ", ".join(warnings)
         )
-    if decoded.missing:
-        raise _required(resource, obj, decoded.missing)
-    return decoded.obj, [] if field_validation == "Ignore" else warnings
-
-
-def _required(resource: Resource, obj: Object, missing: list[str]) -> Invalid:
-    name = obj.get("metadata", {}).get("name", "")
-    kind = f"{resource.kind}.{resource.group}" if resource.group else resource.kind
-    causes = [{"reason": "FieldValueRequired", "message": "Required value", "field": path} for path in missing]
-    listed = ", ".join(f"{path}: Required value" for path in missing)
-    text = listed if len(missing) == 1 else f"[{listed}]"
-    details = {**about(resource, name), "kind": resource.kind}
-    return Invalid(f'{kind} "{name}" is invalid: {text}', causes=causes, **details)
+    return decoded, [] if field_validation == "Ignore" else warnings
 
 
 def _read(schema: Schema, value: Any, path: str, found: Decoded) -> Any:
@@ -75,6 +82,9 @@ def _read(schema: Schema, value: Any, path: str, found: Decoded) -> Any:
         return value
     if not _has_type(schema, value):
         found.mistyped.append(f"{path}: must be {schema['type']}, got {type(value).__name__} {value!r}")
+        return value
+    if schema.get("format") == QUANTITY and not is_quantity(value):
+        found.mistyped.append(f"{path}: quantities must match the regular expression {_QUANTITY}, got {value!r}")
         return value
     if isinstance(value, dict):
         return _read_fields(schema, value, path, found)
@@ -93,6 +103,8 @@ def _read_fields(schema: Schema, value: Object, path: str, found: Decoded) -> Ob
             result[key] = _read(child(schema, key), item, where, found)
         else:
             found.unknown.append(where)
+    if not path and "spec" in known and value.get("spec") is None:
+        _read(child(schema, "spec"), {}, "spec", found)
     if path not in ("", "metadata", "status"):
         absent = [key for key in schema.get("required") or () if value.get(key) is None]
         found.missing += [f"{path}.{key}" for key in absent]
