@@ -203,7 +203,8 @@ class Workload(Definition):
 
     Give `duration_s` (arrivals stop then, answers are awaited) or `requests` (so many arrivals), not both. A
     closed loop needs `requests`; a trace needs neither and carries its own shapes. `shared_prefix_tokens` are
-    the same in all prompts; the rest of each prompt is unique, so the prefix cache sees what the workload says.
+    the same in all prompts; the rest of each prompt is unique, so the prefix cache sees what the workload says. A drawn
+    prompt that is shorter is all prefix.
     `timeout_s`: the client gives an answer up after so many seconds from sending; it then counts as undelivered.
     """
 
@@ -269,6 +270,17 @@ class Workload(Definition):
             return max(shape.prompt_tokens + shape.output_tokens for _, shape in self.shape.parts)
         assert self.shape is not None
         return self.shape.prompt_max + self.shape.output_max
+
+    @property
+    def shortest_prompt(self) -> int:
+        """The fewest tokens of a prompt. Of drawn lengths, which may be as short as 1, half of the prompts have more
+        than this."""
+        if isinstance(self.arrivals, Trace):
+            return min(prompt for _, prompt, _ in self.arrivals.rows)
+        if isinstance(self.shape, Mix):
+            return min(shape.prompt_tokens for _, shape in self.shape.parts)
+        assert self.shape is not None
+        return self.shape.prompt_tokens if isinstance(self.shape, Shape) else self.shape.prompt_median
 
 
 # --- the profile --------------------------------------------------------------------------------------
@@ -380,8 +392,8 @@ def _require_faults_within(workload: Workload, fleet: Fleet | None) -> None:
 def require_servable(workload: Workload, profile: Profile) -> None:
     """ValueError when the two do not go together.
 
-    That is when the workload has a request longer than the profile's ``max_model_len``, or is over before something
-    goes wrong that the fleet is to suffer.
+    That is when the workload has a request longer than the profile's ``max_model_len`` or a prompt that is all shared
+    prefix, or is over before something goes wrong that the fleet is to suffer.
     """
     _require_faults_within(workload, profile.fleet)
     if workload.longest_tokens > profile.max_model_len:
@@ -390,9 +402,8 @@ def require_servable(workload: Workload, profile: Profile) -> None:
             f"(prompt and output), {profile.model} serves {profile.max_model_len}; shorten the shape or raise "
             "engine_args.max_model_len"
         )
-    shape = workload.shape
-    if isinstance(shape, Shape) and workload.shared_prefix_tokens >= shape.prompt_tokens:
+    if workload.shared_prefix_tokens >= workload.shortest_prompt:
         raise ValueError(
-            f"shared_prefix_tokens must be below prompt_tokens, got {workload.shared_prefix_tokens} of "
-            f"{shape.prompt_tokens}: an empty remainder would make all prompts equal"
+            f"shared_prefix_tokens must be below prompt_tokens, got {workload.shared_prefix_tokens} and a prompt of "
+            f"{workload.shortest_prompt}: an empty remainder would make prompts equal; shorten the prefix"
         )

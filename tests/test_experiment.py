@@ -145,10 +145,21 @@ def test_a_prompt_beyond_the_model_length_is_refused_before_it_runs() -> None:
         require_servable(workload, T4)
 
 
-def test_a_shared_prefix_leaves_something_unique() -> None:
-    workload = Workload(arrivals=Constant(rate=1), shape=SHAPE, duration_s=10, shared_prefix_tokens=512)
-    with pytest.raises(ValueError, match="shared_prefix_tokens must be below prompt_tokens, got 512 of 512"):
-        require_servable(workload, T4)
+SHORT = Shape(prompt_tokens=64, output_tokens=5)
+LENGTHS = Lengths(prompt_median=64, prompt_sigma=1, prompt_max=999, output_median=5, output_sigma=0, output_max=5)
+SHORT_PROMPTS = {
+    "shape": Workload(arrivals=Constant(rate=1), shape=SHORT, duration_s=10),
+    "mix": Workload(arrivals=Constant(rate=1), shape=Mix(parts=((9, SHAPE), (1, SHORT))), duration_s=10),
+    "lengths": Workload(arrivals=Constant(rate=1), shape=LENGTHS, duration_s=10),
+    "trace": Workload.from_trace([(0.0, 512, 5), (1.0, 64, 5)]),
+}
+
+
+@pytest.mark.parametrize("kind", SHORT_PROMPTS)
+def test_a_shared_prefix_leaves_something_unique(kind: str) -> None:
+    require_servable(SHORT_PROMPTS[kind].model_copy(update={"shared_prefix_tokens": 63}), T4)
+    with pytest.raises(ValueError, match="must be below prompt_tokens, got 64 and a prompt of 64: an empty"):
+        require_servable(SHORT_PROMPTS[kind].model_copy(update={"shared_prefix_tokens": 64}), T4)
 
 
 def test_equal_definitions_have_equal_hashes_and_others_do_not() -> None:

@@ -361,6 +361,13 @@ def test_prefix_cache_hits_are_full_blocks_of_the_shared_prefix():
     assert off.totals["prefix_cache_hits_total"] == off.totals["prefix_cache_queries_total"] == 0
 
 
+def test_what_a_request_generates_is_no_part_of_the_shared_prefix():
+    """Its prompt ends before the prefix does: a longer prompt finds that much and no more."""
+    workload = Workload.from_trace([(0.0, 64, 500), (100.0, 2048, 16)], shared_prefix_tokens=1024)
+    outcome = run_plan(plan(workload, variant(step_s=1e-3)))
+    assert outcome.totals["prefix_cache_hits_total"] == 64
+
+
 # --- the front end ------------------------------------------------------------------------------------
 
 

@@ -75,7 +75,7 @@ class _Stepping:
                 self._add(index, taken_in)
 
     def _add(self, index: int, taken_in: float) -> None:
-        request = Request(str(index), self.prompts[index], self.outputs[index], self._hashes())
+        request = Request(str(index), self.prompts[index], self.outputs[index], self._hashes(index))
         try:
             self.core.scheduler.add(request)
         except ValueError:
@@ -84,11 +84,11 @@ class _Stepping:
         else:
             self.added[index] = self.core.now
 
-    def _hashes(self) -> BlockHashes:
-        """Content of a prompt: the workload's shared prefix, then unique."""
-        shared = self.plan.workload.shared_prefix_tokens // self.plan.config.block_size
+    def _hashes(self, index: int) -> BlockHashes:
+        """Content of a request: the workload's shared prefix as far as the prompt goes, then unique."""
+        shared = min(self.plan.workload.shared_prefix_tokens, self.prompts[index]) // self.plan.config.block_size
         unique = unique_hashes()
-        return (lambda index: index if index < shared else unique(index)) if shared else unique
+        return (lambda block: block if block < shared else unique(block)) if shared else unique
 
     def _count_queue_time(self, now: float, batch: Batch) -> None:
         for request in batch.admitted:
