@@ -203,8 +203,8 @@ class Workload(Definition):
 
     Give `duration_s` (arrivals stop then, answers are awaited) or `requests` (so many arrivals), not both. A
     closed loop needs `requests`; a trace needs neither and carries its own shapes. `shared_prefix_tokens` are
-    the same in all prompts; the rest of each prompt is unique, so the prefix cache sees what the workload says. A drawn
-    prompt that is shorter is all prefix.
+    the same in all prompts; the rest of each prompt is unique, so the prefix cache sees what the workload says. A
+    prompt that is drawn shorter is all prefix.
     `timeout_s`: the client gives an answer up after so many seconds from sending; it then counts as undelivered.
     """
 

@@ -62,12 +62,17 @@ def delivery_ratio(run: Run) -> float:
 
 def request_rate(run: Run) -> float:
     """Delivered requests per second of the run's wall time."""
-    return float(run.requests["ok"].sum()) / run.duration_s
+    return per_second(run, run.requests["ok"].sum())
 
 
 def output_tokens_per_s(run: Run) -> float:
     """Output tokens of delivered requests per second of the run's wall time."""
-    return float(run.requests["output_tokens"][run.requests["ok"]].sum()) / run.duration_s
+    return per_second(run, run.requests["output_tokens"][run.requests["ok"]].sum())
+
+
+def per_second(run: Run, count: float) -> float:
+    """`count` over the run's wall time; NaN, which decides nothing, where no time passed: all was lost at once."""
+    return float(count) / run.duration_s if run.duration_s else math.nan
 
 
 def useful_requests(run: Run, slo: dict[Interval, float]) -> int:

@@ -146,7 +146,7 @@ class Measurement:
         return self.figure(
             f"goodput ({_slo_text(slo)})",
             "requests/s",
-            lambda run: figures.useful_requests(run, slo) / run.duration_s,
+            lambda run: figures.per_second(run, figures.useful_requests(run, slo)),
         )
 
     def cost_per_useful_request(

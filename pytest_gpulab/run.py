@@ -71,8 +71,8 @@ class Run:
             (``request_queue_time_seconds_sum``, ``request_queue_time_seconds_count``,
             ``prompt_tokens_total``, ``generation_tokens_total``, ``num_preemptions_total``,
             ``prefix_cache_queries_total``, ``prefix_cache_hits_total``, ``request_success_total``).
-        duration_s: from the run's start to the last answer, or to the end of the workload's stated duration
-            when that is later: the accelerator is billed for both.
+        duration_s: from the run's start to the last answer, the last arrival or the end of the workload's stated
+            duration, whichever is latest (`end_of_run`): the accelerator is billed for all of it.
         timeline: (seconds, what happened), in order.
         problems: why this run is no valid evidence; empty for a valid run.
     """
@@ -84,3 +84,21 @@ class Run:
     provenance: Provenance
     timeline: tuple[tuple[float, str], ...] = ()
     problems: tuple[str, ...] = field(default=())
+
+
+def end_of_run(requests: NDArray[Any], ended_s: float, stated_s: float | None) -> float:
+    """A run's `duration_s`, also where no request was answered.
+
+    Args:
+        requests: REQUEST_DTYPE.
+        ended_s: when the last request was answered, or lost on its way.
+        stated_s: how long the workload says it lasts.
+    """
+    return max(ended_s, stated_s or 0.0, float(np.nanmax(requests["scheduled"], initial=0.0)))
+
+
+def offered_problems(requests: NDArray[Any]) -> tuple[str, ...]:
+    """Chance may let a short workload with a low rate offer nothing: no evidence of what serves."""
+    if len(requests):
+        return ()
+    return ("the workload offered no request, so this run shows nothing; raise its rate or let it last longer",)

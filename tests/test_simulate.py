@@ -34,6 +34,8 @@ from pytest_gpulab.experiment import (
     Shape,
     Workload,
 )
+from pytest_gpulab.figures import output_tokens_per_s, request_rate
+from pytest_gpulab.fleet import FROM_ZERO
 from tests.engine_plans import plan, variant
 
 T4 = Profile(model="qwen2.5-0.5b", accelerator="t4")
@@ -349,6 +351,27 @@ def test_a_request_that_can_never_run_is_refused():
     assert not run.requests["ok"].any()
     assert np.isnan(run.requests["first_token"]).all()
     assert run.problems == ("10 requests were refused: they can never fit the KV cache",)
+
+
+def test_a_run_lasts_until_its_last_arrival_even_if_nothing_is_answered():
+    served = T4.with_engine_args(max_model_len=512, num_gpu_blocks_override=32)
+    run = simulate(served, poisson(5.0, 10, Shape(prompt_tokens=500, output_tokens=12)))
+    assert run.duration_s == run.requests["scheduled"].max() > 0
+    assert request_rate(run) == output_tokens_per_s(run) == 0
+    assert math.isnan(request_rate(replace(run, duration_s=0.0))), "all was lost at once"
+
+
+def test_a_workload_that_offers_nothing_is_no_evidence():
+    run = simulate(T4, Workload(arrivals=Poisson(rate=0.01), shape=SMALL, duration_s=5))
+    assert len(run.requests) == 0
+    assert run.problems == (
+        "the workload offered no request, so this run shows nothing; raise its rate or let it last longer",
+    )
+
+
+def test_a_fleet_is_not_simulated_as_one_warm_server():
+    with pytest.raises(ValueError, match=r"got a profile with a fleet; call .*\.simulate_fleet, or leave"):
+        simulate(T4.on(FROM_ZERO), poisson(1.0, 10))
 
 
 def test_prefix_cache_hits_are_full_blocks_of_the_shared_prefix():

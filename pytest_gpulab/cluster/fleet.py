@@ -32,7 +32,7 @@ from pytest_gpulab.engine.simulation import definition_hash, make_plan
 from pytest_gpulab.experiment import ClosedLoop, Direct, Profile, Workload, require_servable
 from pytest_gpulab.fleet import NO_FAULTS, Fleet
 from pytest_gpulab.render import NAMESPACE, documents, gpu_capacity, instance_type_of, serving_name, serving_objects
-from pytest_gpulab.run import REQUEST_DTYPE, SERVER_DTYPE, Provenance, Run
+from pytest_gpulab.run import REQUEST_DTYPE, SERVER_DTYPE, Provenance, Run, end_of_run, offered_problems
 
 RUN: Final = "virtual"
 """Labels what is applied; nobody else sees it."""
@@ -94,6 +94,7 @@ class _Simulation:
         self._up: dict[str, Replica] = {}
         self._gone: list[Replica] = []
         self._drained_by: dict[str, float] = {}
+        self._lost_at = 0.0
         hooks = self._cluster.kubelets.hooks
         hooks.healthy.append(self._server_up)
         hooks.terminated.append(self._server_told_to_end)
@@ -134,6 +135,7 @@ class _Simulation:
         if replica is None:
             return
         lost = replica.kill(self._now())
+        self._lost_at = self._now() if lost else self._lost_at
         self._edge.live.remove(replica)
         if isinstance(self._client, LimitedClient):
             self._client.collect(replica)
@@ -202,9 +204,10 @@ class _Simulation:
         )
 
     def _ended(self) -> float:
-        """The last answer, or the end of the stated duration."""
+        """When the last request was answered or lost with its server, or arrived, or the stated duration ends."""
         answered = (at for at in self._ledger.last_token if at == at)
-        return max(self._workload.duration_s or 0.0, max(answered, default=0.0))
+        last = max(answered, default=0.0)
+        return end_of_run(self._plan.schedule, max(last, self._lost_at), self._workload.duration_s)
 
     def _tear_down(self) -> int:
         """Delete what was applied, workloads first; NodeClaims that are left at the deadline.
@@ -243,8 +246,9 @@ class _Simulation:
     def _evidence(self, ended: float, left: int) -> Run:
         stages = stages_text(self._fleet.stages, self._profile.accelerator)
         problems = (f"{left} NodeClaims were left {DEADLINE_S:.0f} s after teardown began",) if left else ()
+        requests = self._request_table()
         return Run(
-            requests=self._request_table(),
+            requests=requests,
             server=self._server_table(ended),
             totals={**self._totals(), **self._bill()},
             duration_s=ended,
@@ -257,7 +261,7 @@ class _Simulation:
                 relative_error=self._variant.relative_error,
             ),
             timeline=self._timeline.entries(),
-            problems=problems,
+            problems=(*offered_problems(requests), *problems),
         )
 
     def _request_table(self) -> NDArray[Any]:

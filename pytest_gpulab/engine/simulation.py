@@ -12,7 +12,7 @@ from pytest_gpulab.engine.outcome import Outcome
 from pytest_gpulab.engine.plan import Plan
 from pytest_gpulab.engine.stepping import run_stepping
 from pytest_gpulab.experiment import Profile, Workload, require_servable
-from pytest_gpulab.run import Provenance, Run
+from pytest_gpulab.run import Provenance, Run, end_of_run, offered_problems
 
 
 def simulate(profile: Profile, workload: Workload, *, calibration: str | None = None, seed: int = 0) -> Run:
@@ -23,19 +23,25 @@ def simulate(profile: Profile, workload: Workload, *, calibration: str | None = 
         seed: of arrivals and shapes. The same definitions and seed give the same run.
 
     Raises:
-        ValueError: the calibration does not fit the profile, or a request of the workload is longer than
-            ``max_model_len``.
+        ValueError: the profile has a fleet, the calibration does not fit the profile, or a request of the workload
+            is longer than ``max_model_len``.
         EngineRefused: no engine starts with the profile's arguments.
     """
+    if profile.fleet is not None:
+        raise ValueError(
+            "engine.simulate has one server that is always there, got a profile with a fleet; call "
+            "pytest_gpulab.cluster.fleet.simulate_fleet, or leave the fleet out"
+        )
     require_servable(workload, profile)
     source, variant = find_variant(profile, calibration)
     plan = make_plan(profile, workload, source, variant, seed)
     outcome = run_plan(plan)
+    requests = outcome.request_table(plan.schedule)
     return Run(
-        requests=outcome.request_table(plan.schedule),
+        requests=requests,
         server=outcome.server_table(),
         totals=outcome.totals,
-        duration_s=max(outcome.ended, workload.duration_s or 0.0),
+        duration_s=end_of_run(requests, outcome.ended, workload.duration_s),
         provenance=Provenance(
             target="sim",
             basis="simulated",
@@ -44,7 +50,7 @@ def simulate(profile: Profile, workload: Workload, *, calibration: str | None = 
             server=costs_text(profile, source),
             relative_error=variant.relative_error,
         ),
-        problems=tuple(outcome.problems),
+        problems=(*offered_problems(requests), *outcome.problems),
     )
 
 

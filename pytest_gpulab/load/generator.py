@@ -32,7 +32,7 @@ from pytest_gpulab.load.reconcile import (
 )
 from pytest_gpulab.load.servers import Servers
 from pytest_gpulab.load.share import Outcome, Share
-from pytest_gpulab.run import Basis, Provenance, Run
+from pytest_gpulab.run import Basis, Provenance, Run, end_of_run, offered_problems
 from pytest_gpulab.run_store import Question, RunStore
 
 LONGEST_ANSWER_S = 300.0
@@ -113,11 +113,12 @@ def run_load(
         measuring = _measure(load, endpoint, progress, servers, lasting_s, has_gpu=basis == "measured")
         evidence = runner.run(measuring)
     outcome = evidence.outcome
+    ended_s = end_of_run(outcome.requests, outcome.ended_s, workload.duration_s)
     run = Run(
         requests=outcome.requests,
         server=evidence.scraper.table,
         totals=_totals(evidence),
-        duration_s=evidence.wall_s if outcome.interrupted else max(outcome.ended_s, workload.duration_s or 0.0),
+        duration_s=evidence.wall_s if outcome.interrupted else ended_s,
         provenance=Provenance(
             target=target,
             basis=basis,
@@ -229,6 +230,7 @@ def _ended_servers(evidence: _Evidence) -> Iterator[tuple[float, str]]:
 
 def _problems(workload: Workload, evidence: _Evidence) -> Iterator[str]:
     outcome, scraper = evidence.outcome, evidence.scraper
+    yield from offered_problems(outcome.requests)
     yield from client_problems(outcome)
     if not scraper.urls:
         return

@@ -12,7 +12,7 @@ import pytest
 from pytest_gpulab.cluster.fleet import FleetRefused, simulate_fleet
 from pytest_gpulab.engine import simulate
 from pytest_gpulab.experiment import BoundedQueue, Constant, Direct, Poisson, Profile, Shape, SpikeToZero, Workload
-from pytest_gpulab.figures import delivery_ratio, highest, latencies, seconds_without_replica
+from pytest_gpulab.figures import delivery_ratio, highest, latencies, request_rate, seconds_without_replica
 from pytest_gpulab.fleet import FROM_ZERO, WARM_ONE, Autoscaling, Faults, Fleet, Shortage
 from pytest_gpulab.timeline import cold_start, counts
 from tests.cluster.scene import T4
@@ -65,6 +65,23 @@ def test_from_zero_direct_clients_lose_what_comes_before_the_first_replica():
     assert not run.requests["ok"][early].any(), "503"
     assert run.requests["ok"][~early].all()
     assert np.array_equal(run.requests["sent"], run.requests["scheduled"])
+
+
+def test_a_run_in_which_everything_is_lost_has_its_length():
+    """The last request arrives long before the first replica; it is answered with a 503."""
+    run = simulate_fleet(T4.on(FROM_ZERO), Workload(arrivals=Poisson(rate=10), shape=SHAPE, requests=50))
+    assert not run.requests["ok"].any()
+    assert run.duration_s == run.requests["scheduled"].max()
+    assert (request_rate(run), run.problems) == (0, ())
+    nobody = simulate_fleet(T4.on(ONE), Workload(arrivals=Poisson(rate=0.01), shape=SHAPE, duration_s=5))
+    assert any("offered no request" in problem for problem in nobody.problems)
+
+
+def test_a_run_lasts_until_its_last_request_is_lost_with_its_server():
+    slow = Workload(arrivals=Constant(rate=1), shape=Shape(prompt_tokens=512, output_tokens=4000), requests=5)
+    run = simulate_fleet(T4.on(Fleet(autoscaling=None, warm=1, faults=Faults(losses=(9.0,)))), slow)
+    assert not run.requests["ok"].any()
+    assert run.duration_s == 9.0
 
 
 def test_a_bounded_queue_keeps_requests_until_the_first_replica():

@@ -47,6 +47,14 @@ def test_times_are_those_of_the_server(processes):
     assert run.duration_s >= rows["last_token"].max()
 
 
+def test_a_load_that_offers_nothing_is_no_evidence():
+    nobody = Workload(arrivals=Poisson(rate=0.01), shape=SHAPE, duration_s=0.5)
+    with golden_server() as url:
+        run = load(url, nobody)
+    assert (len(run.requests), run.duration_s) == (0, 0.5)
+    assert any("offered no request" in problem for problem in run.problems)
+
+
 def test_tokens_are_counted_exactly():
     with golden_server(plan=["plain", "empty_texts", "pairs"] * 4 + ["plain"]) as url:
         run = load(url, requests(30))
