@@ -74,6 +74,24 @@ class Faults(Definition):
 
 NO_FAULTS: Final = Faults()
 
+NO_VICTIM: Final = "NoVictim"
+"""Reason of the Event by which an emulated cloud says that a fault found nothing to harm."""
+
+
+def no_victim(fault: str, at_s: float, victim: str) -> str:
+    """What a run says then: it shows nothing of what the fault would have done.
+
+    Args:
+        at_s: seconds after the run's start.
+        victim: what there was none of.
+    """
+    return f"the {fault} at {at_s:.0f} s found no {victim}: nothing went wrong"
+
+
+def too_late(fault: str, at_s: float) -> str:
+    """The same of a fault that was to happen after the run."""
+    return f"the {fault} at {at_s:.0f} s did not happen: the run was over before"
+
 
 class Autoscaling(Definition):
     """A HorizontalPodAutoscaler on the replicas' own pressure.

@@ -14,7 +14,7 @@ from pytest_gpulab.accelerators import MIB, Accelerator, own_accelerators
 from pytest_gpulab.cluster.clock import Clock, Timer
 from pytest_gpulab.cluster.quantity import Amounts
 from pytest_gpulab.errors import unknown_name
-from pytest_gpulab.fleet import NO_FAULTS, Faults, Shortage, Zone
+from pytest_gpulab.fleet import NO_FAULTS, Faults, Shortage, Zone, no_victim
 
 GIB: Final = 1024**3
 GPU: Final = "nvidia.com/gpu"
@@ -211,6 +211,8 @@ class Cloud:
     instances: dict[str, Instance] = field(default_factory=dict)
     on_notice: list[Notice] = field(default_factory=list)
     on_end: list[Notice] = field(default_factory=list)
+    on_miss: list[Callable[[str], None]] = field(default_factory=list)
+    """Told in words of a fault that found no victim."""
     _due: list[Timer] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -270,17 +272,29 @@ class Cloud:
             for listener in self.on_end:
                 listener(instance)
 
+    def miss(self, fault: str, victim: str) -> None:
+        """A fault is due now, and there is no such `victim`."""
+        text = no_victim(fault, self.clock.now() - self._start, victim)
+        for listener in self.on_miss:
+            listener(text)
+
     def _interrupt_oldest(self) -> None:
-        for instance in self.instances.values():
-            if _is_running_gpu(instance) and instance.offering.capacity_type == "spot":
-                self.interrupt(instance)
-                return
+        spot = [one for one in self._running_gpus() if one.offering.capacity_type == "spot"]
+        if spot:
+            self.interrupt(spot[0])
+        else:
+            self.miss("interruption", "running spot instance")
 
     def _lose_oldest(self) -> None:
-        for instance in self.instances.values():
-            if _is_running_gpu(instance):
-                self.lose(instance)
-                return
+        running = self._running_gpus()
+        if running:
+            self.lose(running[0])
+        else:
+            self.miss("loss", "running instance")
+
+    def _running_gpus(self) -> list[Instance]:
+        """Oldest first. Faults are those of a fleet: what else a cluster runs on stays."""
+        return [one for one in self.instances.values() if one.stopped is None and one.offering.type.gpus > 0]
 
     def gpu_seconds(self) -> float:
         """Billed seconds times GPUs of all instances."""
@@ -291,8 +305,3 @@ class Cloud:
         """The bill for the instances so far."""
         now = self.clock.now()
         return sum(i.billed_s(now) / 3600 * i.offering.price for i in self.instances.values())
-
-
-def _is_running_gpu(instance: Instance) -> bool:
-    """Faults are those of a fleet: what else a cluster runs on stays."""
-    return instance.stopped is None and instance.offering.type.gpus > 0

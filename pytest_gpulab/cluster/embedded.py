@@ -109,9 +109,11 @@ class EmbeddedCluster:
             for pod in self.store.list(POD)
             if is_true(pod, "Ready") and not is_deleting(pod) and pod_requests(pod["spec"]).get(GPU)
         ]
-        if ready:
-            oldest = min(ready, key=lambda pod: (pod["metadata"]["creationTimestamp"], name_of(pod)))
-            self.store.delete(POD, name_of(oldest), namespace_of(oldest))
+        if not ready:
+            self.cloud.miss("pod deletion", "Ready pod")
+            return
+        oldest = min(ready, key=lambda pod: (pod["metadata"]["creationTimestamp"], name_of(pod)))
+        self.store.delete(POD, name_of(oldest), namespace_of(oldest))
 
     def apply(self, resource: Resource, obj: Object) -> Object:
         """Create an object, or lay it over the one that exists."""

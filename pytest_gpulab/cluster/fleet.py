@@ -7,6 +7,7 @@ replicas and the autoscaler acts on that. An hour takes about half a second.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Final
 
@@ -30,7 +31,7 @@ from pytest_gpulab.engine.outcome import totals
 from pytest_gpulab.engine.scheduler import EngineRefused
 from pytest_gpulab.engine.simulation import definition_hash, make_plan
 from pytest_gpulab.experiment import ClosedLoop, Direct, Profile, Workload, require_servable
-from pytest_gpulab.fleet import NO_FAULTS, Fleet
+from pytest_gpulab.fleet import NO_FAULTS, Fleet, too_late
 from pytest_gpulab.render import NAMESPACE, documents, gpu_capacity, instance_type_of, serving_name, serving_objects
 from pytest_gpulab.run import REQUEST_DTYPE, SERVER_DTYPE, Provenance, Run, end_of_run, offered_problems
 
@@ -95,6 +96,8 @@ class _Simulation:
         self._gone: list[Replica] = []
         self._drained_by: dict[str, float] = {}
         self._lost_at = 0.0
+        self._missed: list[str] = []
+        self._cluster.cloud.on_miss.append(self._missed.append)
         hooks = self._cluster.kubelets.hooks
         hooks.healthy.append(self._server_up)
         hooks.terminated.append(self._server_told_to_end)
@@ -165,9 +168,11 @@ class _Simulation:
             self._client.act(until)
             self._clock.run_until(self._start + until)
             self._route()
-        ended = self._ended()
+        ended, problems = self._ended(), [*self._missed, *self._still_to_come()]
         left = self._tear_down()
-        return self._evidence(ended, left)
+        if left:
+            problems.append(f"{left} NodeClaims were left {DEADLINE_S:.0f} s after teardown began")
+        return self._evidence(ended, problems)
 
     def _deploy(self) -> None:
         """Apply the manifests that a real cluster gets; an autoscaled Deployment does not say how many at first."""
@@ -209,6 +214,16 @@ class _Simulation:
         last = max(answered, default=0.0)
         return end_of_run(self._plan.schedule, max(last, self._lost_at), self._workload.duration_s)
 
+    def _still_to_come(self) -> Iterator[str]:
+        """Faults that the run was too short for."""
+        faults = self._fleet.faults
+        for fault, moments in (
+            ("interruption", faults.interruptions),
+            ("loss", faults.losses),
+            ("pod deletion", faults.pod_deletions),
+        ):
+            yield from (too_late(fault, moment) for moment in moments if moment > self._now())
+
     def _tear_down(self) -> int:
         """Delete what was applied, workloads first; NodeClaims that are left at the deadline.
 
@@ -243,9 +258,8 @@ class _Simulation:
         busy = sum(sample[0] > 0 for replica in self._replicas() for sample in replica.samples)
         return {"gpu_seconds": gpu_s, "gpu_busy_seconds": float(busy), "cost_usd": usd}
 
-    def _evidence(self, ended: float, left: int) -> Run:
+    def _evidence(self, ended: float, problems: list[str]) -> Run:
         stages = stages_text(self._fleet.stages, self._profile.accelerator)
-        problems = (f"{left} NodeClaims were left {DEADLINE_S:.0f} s after teardown began",) if left else ()
         requests = self._request_table()
         return Run(
             requests=requests,

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from pytest_gpulab.endpoint import Endpoint
-from pytest_gpulab.fleet import NO_FAULTS, Faults, Fleet
+from pytest_gpulab.fleet import NO_FAULTS, NO_VICTIM, Faults, Fleet, no_victim, too_late
 from pytest_gpulab.kube.apply import apply
 from pytest_gpulab.kube.nodes import POOL_LABEL
 from pytest_gpulab.kube.objects import Object, Ref
@@ -43,6 +43,7 @@ _HEARD_S: Final = 10.0
 _NODE_POOL: Final = "NodePool"
 _WAY_IN: Final = ("Secret", "Service", "Ingress")
 _AUTOSCALER: Final = "HorizontalPodAutoscaler"
+_POD_DELETION: Final = "pod deletion"
 
 Orders = Callable[[Faults], Object]
 """The object that tells an emulated cloud what goes wrong from now on; its own times count from then."""
@@ -159,9 +160,10 @@ class FleetRun:
                     self._problem(f"the deployment appeared {late:.1f} s after the run's start")
                 self._scale()
             for moment in sorted(self._fleet.faults.pod_deletions):
-                if not self._sleep_until(start + moment):
-                    return
-                self._delete_oldest_pod()
+                if self._sleep_until(start + moment):
+                    self._delete_oldest_pod(moment)
+                else:
+                    self._problem(too_late(_POD_DELETION, moment))
         except Exception as error:  # in a thread of its own: it must not go unnoticed
             self._problem(f"what was to happen to the fleet did not: {error}")
 
@@ -178,12 +180,14 @@ class FleetRun:
         """From now on the replicas are the autoscaler's business, if there is one."""
         apply(self._pool.kube, self._pool.ledger, self._autoscaler)
 
-    def _delete_oldest_pod(self) -> None:
+    def _delete_oldest_pod(self, moment: float) -> None:
         with self._lock:
             ready = [pod for pod in self._pods.values() if is_ready(pod)]
-        if ready:
-            oldest = min(ready, key=lambda pod: (pod["metadata"]["creationTimestamp"], pod["metadata"]["name"]))
-            self._pool.kube.delete(Ref.of(oldest))
+        if not ready:
+            self._problem(no_victim(_POD_DELETION, moment, "Ready pod"))
+            return
+        oldest = min(ready, key=lambda pod: (pod["metadata"]["creationTimestamp"], pod["metadata"]["name"]))
+        self._pool.kube.delete(Ref.of(oldest))
 
     # --- what is heard ------------------------------------------------------------------------------------------
 
@@ -228,9 +232,12 @@ class FleetRun:
         if self._listening and not gone:  # what was said before the run is not about it
             with self._lock:
                 self._timeline.said(time.time(), event)
+            if event.get("reason") == NO_VICTIM:
+                self._problem(event["message"])
 
     def _problem(self, text: str) -> None:
-        self.problems.append(text)
+        if text not in self.problems:  # an Event is heard again when it is counted up
+            self.problems.append(text)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pytest_gpulab.cluster.events import DELETED, Event
 from pytest_gpulab.cluster.objects import Object, name_of
 from pytest_gpulab.cluster.recorder import Recorder
 from pytest_gpulab.cluster.resources import CONFIG_MAP
-from pytest_gpulab.fleet import Faults
+from pytest_gpulab.fleet import NO_VICTIM, Faults
 from pytest_gpulab.render import NAMESPACE
 
 NAME: Final = "emulated-cloud"
@@ -30,8 +30,14 @@ def orders(stages: str, faults: Faults) -> dict[str, Any]:
 
 
 def obey(cluster: EmbeddedCluster) -> None:
-    """From now on the cluster does what such a ConfigMap says, whenever it changes."""
+    """From now on the cluster does what such a ConfigMap says, whenever it changes. Events tell what cannot be done."""
     events = Recorder(cluster.store, cluster.clock, NAME)
+
+    def missed(text: str) -> None:
+        if (told := cluster.store.find(CONFIG_MAP, NAME, NAMESPACE)) is not None:
+            events.warning(told, NO_VICTIM, text)
+
+    cluster.cloud.on_miss.append(missed)
 
     def heard(event: Event) -> None:
         if name_of(event.object) != NAME or event.type == DELETED:

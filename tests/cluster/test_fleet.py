@@ -162,6 +162,22 @@ def test_a_run_says_when_its_cold_starts_are_anothers(stages, said):
     assert run.provenance.server == f"h200-llama-3.1-8b base, {said}"
 
 
+@pytest.mark.parametrize(
+    ("fleet", "problem"),
+    [
+        (Fleet(faults=Faults(interruptions=(1.0,))), "the interruption at 1 s found no running spot instance"),
+        (Fleet(faults=Faults(losses=(5.0,))), "the loss at 5 s found no running instance: nothing went wrong"),
+        (Fleet(faults=Faults(pod_deletions=(30.0,))), "the pod deletion at 30 s found no Ready pod: nothing went"),
+        (Fleet(warm=1, faults=Faults(losses=(90.0,))), "the loss at 90 s did not happen: the run was over before"),
+    ],
+    ids=["interruption", "loss", "deletion", "late"],
+)
+def test_a_fault_without_a_victim_shows_nothing(fleet, problem):
+    few = Workload(arrivals=Constant(rate=1), shape=SHAPE, requests=40)
+    (found,) = simulate_fleet(T4.on(fleet), few).problems
+    assert found.startswith(problem)
+
+
 def test_without_spot_capacity_it_serves_on_demand():
     fleet = Fleet(faults=Faults(shortages=(Shortage(capacity_type="spot"),)))
     run = simulate_fleet(T4.on(fleet), traffic(2, 700.0))

@@ -11,7 +11,7 @@ from pytest_gpulab.cluster.clock import VirtualClock
 from pytest_gpulab.cluster.cloud import InsufficientCapacity
 from pytest_gpulab.cluster.embedded import EmbeddedCluster
 from pytest_gpulab.cluster.resources import CONFIG_MAP, EVENT, NAMESPACE
-from pytest_gpulab.fleet import NO_FAULTS, Faults, Shortage
+from pytest_gpulab.fleet import NO_FAULTS, NO_VICTIM, Faults, Shortage
 from pytest_gpulab.live.orders import obey, orders
 from pytest_gpulab.render import documents
 
@@ -76,3 +76,12 @@ def test_a_lost_machine_is_one_with_a_gpu(cluster: EmbeddedCluster) -> None:
     order(cluster, Faults(losses=(1.0,)))
     after(cluster, 2.0)
     assert machine.gone and not without.gone
+
+
+def test_a_fault_that_finds_nothing_to_harm_is_an_event(cluster: EmbeddedCluster) -> None:
+    order(cluster, Faults(losses=(10.0,), interruptions=(20.0,)))
+    after(cluster, 30.0)
+    assert [(event["reason"], event["message"]) for event in cluster.store.list(EVENT)] == [
+        (NO_VICTIM, "the loss at 10 s found no running instance: nothing went wrong"),
+        (NO_VICTIM, "the interruption at 20 s found no running spot instance: nothing went wrong"),
+    ]

@@ -133,6 +133,16 @@ def test_faults_are_those_of_the_simulation(pool: Pool) -> None:
     assert not any("InsufficientCapacityError" in text for _, text in run.timeline)
 
 
+@pytest.mark.slow
+def test_faults_without_a_victim_are_problems_as_in_the_simulation(pool: Pool) -> None:
+    faults = Faults(interruptions=(0.0,), losses=(0.0,), pod_deletions=(0.0,))
+    few = Workload(arrivals=Constant(rate=4), shape=SHAPE, duration_s=4)
+    fleet = ONE.model_copy(update={"faults": faults})
+    run, simulated = play(pool, T4.on(fleet), few), simulate_fleet(T4.on(fleet), few)
+    assert len(simulated.problems) == 3
+    assert sorted(without_lag(run.problems)) == sorted(simulated.problems)
+
+
 REAL_TIME = CONFTEST.replace("return 300.0", "return 1.0")
 STAYS = """
     import time
