@@ -163,35 +163,20 @@ class Deployments:
         return [obj for kind, obj in self._store.dependents(deployment) if kind is REPLICA_SET]
 
     def _current(self, deployment: Object) -> Object:
-        """The ReplicaSet of the template; a new one starts with no pods."""
+        """The ReplicaSet of the template, as the newest revision; a new one starts with no pods."""
         digest = template_hash(deployment["spec"]["template"])
         name = f"{name_of(deployment)}-{digest}"
         found = self._store.find(REPLICA_SET, name, namespace_of(deployment))
-        if found is not None:
+        newest = 1 + max((_revision(rs) for rs in self._owned(deployment) if name_of(rs) != name), default=0)
+        annotation = {"metadata": {"annotations": {REVISION: str(newest)}}}
+        if found is None:
+            found = self._store.create(REPLICA_SET, _new_replica_set(deployment, digest, annotation))
+        elif _revision(found) < newest:  # the template is an older one's again
+            found = self._store.patch(REPLICA_SET, name, namespace_of(deployment), annotation)
+        else:
             return found
-        revision = 1 + max((_revision(rs) for rs in self._owned(deployment)), default=0)
-        label = {HASH_LABEL: digest}
-        template = merged(deployment["spec"]["template"], {"metadata": {"labels": label}})
-        created = self._store.create(
-            REPLICA_SET,
-            {
-                "metadata": {
-                    "name": name,
-                    "namespace": namespace_of(deployment),
-                    "labels": template["metadata"]["labels"],
-                    "annotations": {REVISION: str(revision)},
-                    "ownerReferences": [owner_reference(deployment)],
-                },
-                "spec": {
-                    "replicas": 0,
-                    "selector": merged(deployment["spec"]["selector"], {"matchLabels": label}),
-                    "template": template,
-                },
-            },
-        )
-        patch = {"metadata": {"annotations": {REVISION: str(revision)}}}
-        self._store.patch(DEPLOYMENT, name_of(deployment), namespace_of(deployment), patch)
-        return created
+        self._store.patch(DEPLOYMENT, name_of(deployment), namespace_of(deployment), annotation)
+        return found
 
     def _recreate(self, deployment: Object, current: Object, old: list[Object]) -> None:
         for replica_set in old:
@@ -277,6 +262,20 @@ def _any_version(obj: Object) -> Object:
     """Without the optimistic lock: this controller is the only one that writes that status."""
     meta = {key: value for key, value in obj["metadata"].items() if key != "resourceVersion"}
     return {**obj, "metadata": meta}
+
+
+def _new_replica_set(deployment: Object, digest: str, annotation: Object) -> Object:
+    label = {HASH_LABEL: digest}
+    template = merged(deployment["spec"]["template"], {"metadata": {"labels": label}})
+    meta = {
+        "name": f"{name_of(deployment)}-{digest}",
+        "namespace": namespace_of(deployment),
+        "labels": template["metadata"]["labels"],
+        "ownerReferences": [owner_reference(deployment)],
+    }
+    selector = merged(deployment["spec"]["selector"], {"matchLabels": label})
+    spec = {"replicas": 0, "selector": selector, "template": template}
+    return {"metadata": {**meta, **annotation["metadata"]}, "spec": spec}
 
 
 def _revision(replica_set: Object) -> int:

@@ -30,7 +30,7 @@ def orders(stages: str, faults: Faults) -> dict[str, Any]:
 
 
 def obey(cluster: EmbeddedCluster) -> None:
-    """From now on the cluster does what such a ConfigMap says, whenever it changes. Events tell what cannot be done."""
+    """From now on the cluster does what such a ConfigMap says, whenever it changes; Events say what it cannot do."""
     events = Recorder(cluster.store, cluster.clock, NAME)
 
     def missed(text: str) -> None:

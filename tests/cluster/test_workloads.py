@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from pytest_gpulab.cluster.api.validation import checked
 from pytest_gpulab.cluster.conditions import is_true
 from pytest_gpulab.cluster.objects import is_deleting, name_of
 from pytest_gpulab.cluster.resources import DEPLOYMENT, POD, REPLICA_SET
 from pytest_gpulab.cluster.service import ready_pods
-from pytest_gpulab.cluster.workloads import _victim_rank, fenceposts, template_hash
+from pytest_gpulab.cluster.workloads import HASH_LABEL, REVISION, _victim_rank, fenceposts, template_hash
 from tests.cluster.scene import cluster, deployment, pool
 from tests.cluster.test_lifecycle import everything, ready, run_for
 
@@ -86,6 +87,39 @@ def test_a_rollout_replaces_pods_without_losing_availability():
     assert (least, most) == (2, 3), "25 % of 2: one more, none less"
     assert not old & {name_of(p) for p in made.store.list(POD) if not is_deleting(p)}
     assert is_true(made.store.get(DEPLOYMENT, "vllm", "default"), "Available")
+
+
+def revisions(made):
+    """Of the Deployment, and by replica set."""
+    found = [made.store.get(DEPLOYMENT, "vllm", "default"), *made.store.list(REPLICA_SET)]
+    return [int(obj["metadata"]["annotations"][REVISION]) for obj in found]
+
+
+def rolled_back(made):
+    """What `kubectl rollout undo` does: the template of the revision before the newest, with a null in it."""
+    before = sorted(made.store.list(REPLICA_SET), key=lambda one: int(one["metadata"]["annotations"][REVISION]))[-2]
+    template = before["spec"]["template"]
+    labels = {key: value for key, value in template["metadata"]["labels"].items() if key != HASH_LABEL}
+    meta = {**template["metadata"], "labels": labels, "creationTimestamp": None}
+    live = made.store.get(DEPLOYMENT, "vllm", "default")
+    changed = {**live, "spec": {**live["spec"], "template": {**template, "metadata": meta}}}
+    made.store.update(DEPLOYMENT, checked(DEPLOYMENT, changed, "Strict")[0])
+    run_for(made, 5)
+    return before
+
+
+def test_a_template_that_comes_back_is_the_newest_revision():
+    made = cluster(deployed=1)
+    run_for(made, 5)
+    made.store.patch(DEPLOYMENT, "vllm", "default", {"spec": {"template": {"metadata": {"annotations": {"v": "2"}}}}})
+    run_for(made, 5)
+    assert revisions(made) == [2, 1, 2]
+    first = rolled_back(made)
+    assert revisions(made) == [3, 3, 2], "no third replica set"
+    second = rolled_back(made)
+    assert revisions(made) == [4, 3, 4], "back and forth"
+    assert name_of(first) != name_of(second)
+    assert rolled_back(made)["metadata"]["uid"] == first["metadata"]["uid"]
 
 
 def test_recreate_stops_the_old_before_it_starts_the_new():

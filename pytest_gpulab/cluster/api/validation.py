@@ -34,7 +34,7 @@ class Decoded:
 
 
 def decode(resource: Resource, obj: Object) -> Decoded:
-    """Read an object as a Go server would: unknown fields are dropped, and reported."""
+    """Read an object as a Go server would: unknown fields are dropped, and reported; null is as good as nothing."""
     decoded = Decoded(obj)
     schema = schema_of(resource)
     if schema:
@@ -99,6 +99,8 @@ def _read_fields(schema: Schema, value: Object, path: str, found: Decoded) -> Ob
     result: Object = {}
     for key, item in value.items():
         where = f"{path}.{key}" if path else key
+        if key in known and item is None:
+            continue
         if key in known or open_ended or schema.get("x-kubernetes-preserve-unknown-fields"):
             result[key] = _read(child(schema, key), item, where, found)
         else:
