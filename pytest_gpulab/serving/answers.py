@@ -67,7 +67,7 @@ class Writer(ABC):
         return event(body if counts is None else {**body, "usage": counts})
 
     def opening(self, index: int) -> list[dict[str, Any]]:
-        """Choices of a chunk before the first token; empty for none."""
+        """Choices of a chunk that comes right before the first token's; empty for none."""
         return []
 
     @abstractmethod

@@ -246,15 +246,18 @@ async def _stream_all(response: web.StreamResponse, exchange: _Exchange, answers
 
 
 async def _stream_one(response: web.StreamResponse, exchange: _Exchange, index: int, answer: Answer) -> None:
-    """A chunk for each time that there are new tokens; ends early when the engine fails."""
+    """A chunk for each time that there are new tokens; ends early when the engine fails.
+
+    As in vLLM nothing comes before the engine's first output, so that the first chunk tells the time to first token.
+    """
     writer, job = exchange.writer, answer.job
-    if opening := writer.opening(index):
-        await response.write(writer.chunk(opening, exchange.running_usage(job, 0)))
     seen = 0
     while seen < job.max_tokens:
         end = await answer.more(seen)
         if end == seen:
             return
+        if not seen and (opening := writer.opening(index)):
+            await response.write(writer.chunk(opening, exchange.running_usage(job, 0)))
         await response.write(writer.chunk([writer.part(index, job, seen, end)], exchange.running_usage(job, end)))
         seen = end
 

@@ -60,6 +60,7 @@ class _Request(_Body):
 
 
 class CompletionRequest(_Request):
+    max_tokens: int | None = 16
     prompt: Prompt | None = None
     echo: bool | None = False
     logprobs: int | None = None
@@ -153,15 +154,15 @@ def require_model(asked: str | None, limits: Limits) -> None:
 
 
 def completion_jobs(request: CompletionRequest, limits: Limits) -> list[Job]:
-    """One job a prompt, in the request's order."""
+    """One job a prompt, in the request's order. Without max_tokens an answer has 16; with null it ends by itself."""
     require_model(request.model, limits)
     if request.logprobs is not None:
         raise bad_request("`logprobs` must not be given: the emulated model has none. Leave it out.", "logprobs")
     if request.echo:
         raise bad_request("`echo` must be false: the emulation does not repeat prompts. Leave it out.", "echo")
-    max_tokens = 16 if request.max_tokens is None else request.max_tokens
+    max_tokens = request.max_tokens
     _check_sampling(request, max_tokens)
-    prompts = _prompts(request.prompt, max_tokens, limits)
+    prompts = _prompts(request.prompt, max_tokens or 0, limits)
     return [_job(request, prompt, max_tokens, limits) for prompt in prompts]
 
 

@@ -109,6 +109,15 @@ def test_chat_without_max_tokens_ends_by_itself():
     with_client(scenario, speed=200.0)
 
 
+def test_a_completion_with_null_max_tokens_ends_by_itself():
+    async def scenario(client):
+        answer = await client.completions.create(model=MODEL, prompt="a b", extra_body={"max_tokens": None})
+        assert answer.choices[0].finish_reason == "stop"
+        assert 64 <= answer.usage.completion_tokens < 256
+
+    with_client(scenario, speed=200.0)
+
+
 def test_streamed_chat_with_running_usage():
     async def scenario(client):
         options = {"include_usage": True, "continuous_usage_stats": True}

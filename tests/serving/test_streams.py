@@ -210,6 +210,23 @@ def test_an_engine_that_dies_answers_500(monkeypatch):
         asyncio.run(check())
 
 
+def test_a_chat_stream_begins_with_the_engines_first_output(monkeypatch):
+    """The chunk with the role comes then, and not before: without output the error is all there is."""
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    async def check():
+        async with serving() as (server, session):
+            monkeypatch.setattr(Scheduler, "schedule", fail)
+            body = {"messages": [{"role": "user", "content": "a"}]}
+            (only,) = await stream(session, server.url, body, "/v1/chat/completions")
+            assert only["error"]["type"] == "InternalServerError"
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        asyncio.run(check())
+
+
 def test_the_process_ends_on_sigterm_with_open_streams():
     async def check():
         async with server_process("--model", MODEL, "--accelerator", "t4") as url, aiohttp.ClientSession() as session:
