@@ -20,6 +20,7 @@ from pytest_gpulab.cluster.karpenter import (
     VALIDATION_S,
     Pool,
     Room,
+    Unavailable,
     WaitingPod,
     allowed_disruptions,
     consolidatable_at,
@@ -226,10 +227,15 @@ def _waiting(pod: Object) -> WaitingPod:
 
 
 class Interruption:
-    """A spot notice: the NodeClaim is deleted at once, so that its pods move while the machine still works."""
+    """A spot notice: the NodeClaim is deleted at once, so that its pods move while the machine still works.
 
-    def __init__(self, store: Store, clock: Clock, cloud: Cloud) -> None:
+    What was interrupted is not asked for again for a while (karpenter-provider-aws v1, pkg/controllers/interruption).
+    """
+
+    def __init__(self, store: Store, clock: Clock, cloud: Cloud, unavailable: Unavailable) -> None:
         self._store = store
+        self._clock = clock
+        self._unavailable = unavailable
         self._events = Recorder(store, clock, "karpenter")
         cloud.on_notice.append(self._interrupted)
 
@@ -238,6 +244,7 @@ class Interruption:
             if at(claim, "status.providerID") == instance.provider_id:
                 message = f"NodeClaim {name_of(claim)} event: A spot interruption warning was triggered for the node"
                 self._events.warning(claim, "SpotInterrupted", message)
+                self._unavailable.block([instance.offering], self._clock.now())
                 self._store.delete(NODE_CLAIM, name_of(claim))
 
 

@@ -83,7 +83,7 @@ class EmbeddedCluster:
         )
         for controller in controllers:
             self.manager.add(controller)
-        Interruption(store, clock, cloud)
+        Interruption(store, clock, cloud, self.unavailable)
         for loop in (
             Disruption(store, clock),
             GarbageCollection(store, clock, cloud),

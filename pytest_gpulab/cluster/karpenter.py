@@ -21,7 +21,7 @@ from pytest_gpulab.cluster.quantity import Amounts, amounts, duration, fits, plu
 BATCH_IDLE_S: Final = 1.0
 BATCH_MAX_S: Final = 10.0
 UNAVAILABLE_S: Final = 180.0
-"""How long an offering that had no capacity is not asked for again."""
+"""How long an offering that had no capacity, or was interrupted, is not asked for again."""
 LAUNCH_TIMEOUT_S: Final = 300.0
 REGISTRATION_TIMEOUT_S: Final = 900.0
 DISRUPTION_POLL_S: Final = 10.0
@@ -121,12 +121,12 @@ def by_weight(pools: Iterable[Pool]) -> list[Pool]:
 
 @dataclass
 class Unavailable:
-    """Offerings that EC2 had no capacity for, and until when they are not asked for again."""
+    """Offerings that EC2 had no capacity for, or has taken back, and until when they are not asked for again."""
 
     until: dict[tuple[str, str, str], float] = field(default_factory=dict)
 
     def block(self, offerings: Iterable[Offering], now: float) -> None:
-        """Each had insufficient capacity."""
+        """EC2 has too little of each."""
         self.until |= {offering.key: now + UNAVAILABLE_S for offering in offerings}
 
     def allows(self, offering: Offering, now: float) -> bool:

@@ -223,7 +223,9 @@ def test_a_spot_interruption_moves_the_pod_before_the_machine_goes():
     made.wait("gone", lambda: len(made.store.list(NODE_CLAIM)) == 1, 200, everything(made))
     took = made.wait("ready again", ready(made), 900, everything(made))
     assert took > 300, "a new node has to pull the image"
-    assert len(made.cloud.instances) == 2
+    first, second = (instance.offering for instance in made.cloud.instances.values())
+    assert (first.capacity_type, second.capacity_type) == ("spot", "spot")
+    assert first.zone != second.zone, "what was taken back is not asked for again at once"
     assert events(made, "SpotInterrupted")
     tear_down(made)
 
