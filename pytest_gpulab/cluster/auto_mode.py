@@ -1,4 +1,5 @@
-"""What an EKS Auto Mode cluster has from the start: a NodePool of machines without a GPU, for all but models."""
+"""What an EKS Auto Mode cluster has from the start: a NodePool of machines without a GPU, for all but models, and its
+NodeClass."""
 
 from __future__ import annotations
 
@@ -10,6 +11,10 @@ from pytest_gpulab.cluster.objects import Object
 C6A_LARGE: Final = InstanceType("c6a.large", 2, 4 * GIB, 0, "", 0, 0.0765)
 """The cheapest of the general-purpose pool's machines here; USD per hour on demand in us-west-2."""
 
+DEFAULT_CLASS: Final[Object] = {
+    "metadata": {"name": "default", "labels": {"app.kubernetes.io/managed-by": "eks"}},
+    "spec": {"ephemeralStorage": {"size": "80Gi", "iops": 3000, "throughput": 125}},
+}
 GENERAL_PURPOSE: Final[Object] = {
     "metadata": {"name": "general-purpose", "labels": {"app.kubernetes.io/managed-by": "eks"}},
     "spec": {

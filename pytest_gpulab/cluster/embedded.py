@@ -21,6 +21,7 @@ from pytest_gpulab.cluster.kubelet import Kubelets
 from pytest_gpulab.cluster.manager import Controller, Manager
 from pytest_gpulab.cluster.metrics import Prometheus
 from pytest_gpulab.cluster.nodeclaims import NodeClaims
+from pytest_gpulab.cluster.nodepools import CLASSES, NodeClasses, NodePools
 from pytest_gpulab.cluster.nodes import Machines, NodeMonitor
 from pytest_gpulab.cluster.objects import Object, is_deleting, name_of, namespace_of
 from pytest_gpulab.cluster.provisioning import Provisioner
@@ -80,6 +81,8 @@ class EmbeddedCluster:
             PodEvents(store, clock),
             Consolidatable(store, clock),
             Autoscaler(store, clock, self.prometheus.values),
+            *(NodeClasses(store, clock, kind) for kind in CLASSES),
+            NodePools(store, clock),
         )
         for controller in controllers:
             self.manager.add(controller)

@@ -1,7 +1,7 @@
 """Fits a calibration's coefficients to measured runs, by simulating them.
 
 What a run takes is a chain of sums and maxima of the costs, so its figures are piecewise linear in the
-coefficients. `fit_variant` therefore repeats: simulate all runs, take the slopes of every figure, solve the linear
+coefficients. `fit_vector` therefore repeats: simulate all runs, take the slopes of every figure, solve the linear
 least-squares problem in relative errors for coefficients >= 0, until the error no longer falls. Nothing here knows
 what a coefficient means; the model is the one of `simulate`.
 """

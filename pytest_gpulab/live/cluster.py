@@ -12,10 +12,10 @@ from aiohttp import ClientSession, ClientTimeout, TCPConnector
 from pytest_gpulab.cluster.api.access import new_certificates
 from pytest_gpulab.cluster.api.custom_metrics import pod_metrics
 from pytest_gpulab.cluster.api.server import ApiServer
-from pytest_gpulab.cluster.auto_mode import C6A_LARGE, GENERAL_PURPOSE
+from pytest_gpulab.cluster.auto_mode import C6A_LARGE, DEFAULT_CLASS, GENERAL_PURPOSE
 from pytest_gpulab.cluster.cloud import catalog, instance_types
 from pytest_gpulab.cluster.embedded import EmbeddedCluster
-from pytest_gpulab.cluster.resources import NODE_POOL
+from pytest_gpulab.cluster.resources import NODE_CLASS, NODE_POOL
 from pytest_gpulab.fleet import NO_FAULTS, Faults
 from pytest_gpulab.live.background import Background, WatchedClock
 from pytest_gpulab.live.containers import JobContainers
@@ -65,6 +65,7 @@ async def live_cluster(
     )
     store = embedded.store
     obey(embedded)
+    embedded.apply(NODE_CLASS, DEFAULT_CLASS)
     embedded.apply(NODE_POOL, GENERAL_PURPOSE)
     logs = PodLogs(store, clock)
     servers = ModelServers(store, clock, background, logs)
