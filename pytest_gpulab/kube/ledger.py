@@ -33,7 +33,7 @@ class Ledger:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         ledger = cls(path)
-        ledger._append(entry="run", host=socket.gethostname(), pid=owner.pid, started=owner.started)
+        ledger._append(entry="run", host=socket.gethostname(), **vars(owner))
         _sync_folder(path.parent)
         ledger.folder.mkdir(mode=0o700)
         return ledger
@@ -56,7 +56,7 @@ class Ledger:
 
     def process(self, process: Process) -> None:
         """The cluster is this process, which has not begun to work yet."""
-        self._append(entry="process", pid=process.pid, started=process.started)
+        self._append(entry="process", **vars(process))
 
     def object(self, ref: Ref) -> None:
         """The run is going to create this."""
@@ -93,7 +93,7 @@ class Ledger:
         run = next(iter(self._of("run")), None)
         if run is None:
             return False  # killed before its first line: it has not begun
-        return bool(run["host"] != socket.gethostname() or Process(run["pid"], run["started"]).alive())
+        return bool(run["host"] != socket.gethostname() or _process(run).alive())
 
     def is_up(self) -> bool:
         """Whether the pool is complete."""
@@ -105,7 +105,7 @@ class Ledger:
 
     def cluster_process(self) -> Process | None:
         """The embedded cluster, if the run started one."""
-        return next((Process(entry["pid"], entry["started"]) for entry in self._of("process")), None)
+        return next(map(_process, self._of("process")), None)
 
     def refs(self) -> list[Ref]:
         """Objects that may exist, each once, in the order of their creation."""
@@ -118,6 +118,11 @@ class Ledger:
 def ledgers(folder: Path) -> list[Ledger]:
     """Every run that may have left something, oldest first by id."""
     return [Ledger(path) for path in sorted(folder.glob("*.jsonl"))]
+
+
+def _process(entry: Entry) -> Process:
+    """The one that an entry names; earlier versions named no place."""
+    return Process(entry["pid"], entry["started"], entry.get("place", ""))
 
 
 def _whole(text: bytes) -> Iterator[Entry]:

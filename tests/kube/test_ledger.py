@@ -7,9 +7,11 @@ import socket
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -76,10 +78,24 @@ def test_the_owner_lives_as_long_as_its_process(tmp_path: Path) -> None:
         owner = Process.of(child.pid)
         ledger = Ledger.create(tmp_path / "r.jsonl", owner)
         assert ledger.owner_lives()
-        reused = Ledger.create(tmp_path / "s.jsonl", Process(child.pid, owner.started - 60))
+        reused = Ledger.create(tmp_path / "s.jsonl", replace(owner, started=owner.started - 1))
         assert not reused.owner_lives(), "the pid has gone to another process"
+        earlier = Ledger.create(tmp_path / "t.jsonl", Process(child.pid, psutil.Process(child.pid).create_time()))
+        assert earlier.owner_lives(), "as earlier versions named it"
         child.communicate(b"\n")
-    assert not ledger.owner_lives()
+    assert not ledger.owner_lives() and not earlier.owner_lives()
+
+
+def test_a_step_of_the_wall_clock_kills_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells a start in ticks since a boot whose time moves with the clock."""
+    ledger = Ledger.create(tmp_path / "r.jsonl", this_process())
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        ledger.process(Process.of(child.pid))
+        before = psutil._pslinux.boot_time()
+        monkeypatch.setattr("psutil._pslinux.boot_time", lambda: before + 2.0)
+        assert ledger.owner_lives()
+        cluster = ledger.cluster_process()
+        assert cluster.alive() and cluster.stop() and not cluster.alive()
 
 
 def test_a_run_on_another_machine_may_live(ledger: Ledger) -> None:
