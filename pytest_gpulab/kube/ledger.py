@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pytest_gpulab.kube.objects import Ref
+from pytest_gpulab.kube.place import can_see
 from pytest_gpulab.kube.process import Process
 
 Entry = dict[str, Any]
@@ -89,11 +90,18 @@ class Ledger:
         return list(_whole(self.path.read_bytes()))
 
     def owner_lives(self) -> bool:
-        """Whether the run's session goes on, or may: one on another machine cannot be seen from here."""
-        run = next(iter(self._of("run")), None)
+        """Whether the run's session goes on, or may: see `out_of_sight`."""
+        run = self._begun()
         if run is None:
             return False  # killed before its first line: it has not begun
-        return bool(run["host"] != socket.gethostname() or _process(run).alive())
+        return bool(self.out_of_sight()) or _process(run).alive()
+
+    def out_of_sight(self) -> str:
+        """Why it cannot be told from here whether the run's session lives; empty when it can."""
+        run = self._begun()
+        if run is None or can_see(run["host"], run.get("place", "")):
+            return ""
+        return f"begun on {run['host']}, which cannot be seen from here"
 
     def is_up(self) -> bool:
         """Whether the pool is complete."""
@@ -110,6 +118,9 @@ class Ledger:
     def refs(self) -> list[Ref]:
         """Objects that may exist, each once, in the order of their creation."""
         return list(dict.fromkeys(Ref(*entry["ref"]) for entry in self._of("object")))
+
+    def _begun(self) -> Entry | None:
+        return next(iter(self._of("run")), None)
 
     def _of(self, kind: str) -> list[Entry]:
         return [entry for entry in self.entries() if entry["entry"] == kind]
