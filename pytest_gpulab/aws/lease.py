@@ -78,7 +78,7 @@ class Lease:
         if most > bought:
             return (
                 f"the fleet may ask for {most} machines at once, but plan, quota and budget of this session are for "
-                f"{bought}: give --gpulab-machines {most}"
+                f"{bought} of each capacity type: give --gpulab-machines {most}"
             )
         if not set(fleet.capacity) & set(self._supply.prices):
             return f"the fleet is on {' or '.join(fleet.capacity)}: {'; '.join(self._supply.closed)}"

@@ -22,12 +22,15 @@ from pytest_gpulab.endpoint import Endpoint
 from pytest_gpulab.figures import cost_usd, gpu_seconds
 from pytest_gpulab.fleet import FROM_ZERO, Autoscaling, Faults, Fleet, Shortage
 from pytest_gpulab.gates import TargetRefused
+from pytest_gpulab.render import Machines
 from pytest_gpulab.run import REQUEST_DTYPE, SERVER_DTYPE, Provenance, Run
 from pytest_gpulab.targets.base import Served, Serving
 from pytest_gpulab.targets.eks import EksTarget
 from tests.aws.test_billing import START, claim, meter
 from tests.aws.test_preflight import World, request
 
+PRICE = {"gpu-spot": 0.25, "gpu-on-demand": 0.526}
+"""USD an hour of a g4dn.xlarge."""
 T4 = Profile(model="qwen2.5-0.5b", accelerator="t4")
 FEW = Workload(arrivals=ClosedLoop(concurrency=1), shape=Shape(prompt_tokens=8, output_tokens=8), requests=4)
 
@@ -186,10 +189,20 @@ def test_a_fleet_has_as_many_machines_as_plan_and_budget_are_for():
     assert two.fleet_refusal(Fleet(autoscaling=None, replicas=2)) == ""
     assert two.fleet_refusal(Fleet(autoscaling=Autoscaling(max_replicas=8), max_gpus=2)) == "", "the pool ends it"
     assert two.fleet_refusal(FROM_ZERO) == (
-        "the fleet may ask for 4 machines at once, but plan, quota and budget of this session are for 2: "
-        "give --gpulab-machines 4"
+        "the fleet may ask for 4 machines at once, but plan, quota and budget of this session are for 2 of each "
+        "capacity type: give --gpulab-machines 4"
     )
-    assert two.plan.usd_per_hour > made().plan.usd_per_hour
+
+
+def test_the_plan_pays_for_all_that_the_pools_may_buy():
+    """Each capacity type has a NodePool, and each NodePool a limit: both may be reached at once."""
+    two = made(machines=2)
+    two._machines = Machines("role", ("subnet-1",), ("sg-1",))
+    pools = [obj for obj in two.capacity(FROM_ZERO, "run-1") if obj["kind"] == "NodePool"]
+    most = {pool["metadata"]["name"]: int(pool["spec"]["limits"]["nvidia.com/gpu"]) for pool in pools}
+    assert most == {"gpu-spot": 2, "gpu-on-demand": 2}
+    (planned,) = (usd for what, usd in two.plan.items if "g4dn.xlarge" in what)
+    assert planned == pytest.approx(sum(number * PRICE[name] for name, number in most.items()))
 
 
 def test_a_fleet_beyond_the_quota_is_refused_in_awss_words():
