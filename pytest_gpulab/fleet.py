@@ -137,6 +137,7 @@ class Fleet(Definition):
     warm: Annotated[int, Field(ge=0)] = 0
     capacity: tuple[Literal["spot", "on-demand"], ...] = Field(("spot", "on-demand"), min_length=1)
     max_gpus: Count = 16
+    """At once, of each capacity type: each has a NodePool with a limit of its own."""
     consolidate_after_s: Annotated[int, Field(ge=0)] = 30
     pre_stop_s: Annotated[int, Field(ge=0)] = 0
     grace_s: Annotated[int, Field(ge=0)] = 30

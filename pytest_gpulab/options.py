@@ -55,7 +55,7 @@ _OPTIONS = {
     "client-cidrs": _Option("", "CIDRS", "addresses that may reach what eks makes, such as 203.0.113.7/32"),
     "cluster": _Option("", "NAME", "an EKS cluster to use and leave, for eks (default: make one and remove it)"),
     "hours": _Option("4", "H", "the longest that eks may run"),
-    "machines": _Option("1", "N", "the most GPU machines that eks may run at once, for fleets"),
+    "machines": _Option("1", "N", "the most GPU machines of a capacity type that eks may run at once, for fleets"),
     "region": _Option("us-west-2", "NAME", "AWS region of eks"),
 }
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import pytest
 
@@ -30,6 +30,8 @@ EndRun: TypeAlias = "Callable[[Ledger], list[str]]"
 
 RUN_KEY = "gpulab_run"
 """Entry of xdist's workerinput: id of the run, and pid of its owner."""
+_ENDINGS: Final = (signal.SIGTERM, signal.SIGHUP)
+"""Somebody ends the session; the terminal or the connection that it was started from is gone."""
 
 
 class SharedPool:
@@ -40,7 +42,7 @@ class SharedPool:
         self._owns = given is None
         self.run, self._owner_pid = given or (_new_run(), os.getpid())
         self._path = ledger_path(self.run)
-        self._heeds = False
+        self._heeded: list[signal.Signals] = []
         self._end_run: EndRun = _tear_down
         self._reason = ""
         self.problems: list[str] = []
@@ -48,7 +50,7 @@ class SharedPool:
 
     def equip_worker(self, workerinput: dict[str, Any]) -> None:
         """Tell a worker which run it belongs to."""
-        self._heed_sigterm()
+        self._heed()
         workerinput[RUN_KEY] = (self.run, self._owner_pid)
 
     def obtain(
@@ -76,7 +78,7 @@ class SharedPool:
         from pytest_gpulab.kube.pool import bring_up, join
         from pytest_gpulab.kube.process import Process
 
-        self._heed_sigterm()
+        self._heed()
         self._end_run = end or _tear_down
         with FileLock(lock):
             if self._path.exists():
@@ -87,7 +89,7 @@ class SharedPool:
     def stop(self, reason: str) -> None:
         """End the session in order, as SIGTERM does; for threads that find that it must not go on."""
         self._reason = reason
-        os.kill(os.getpid(), signal.SIGTERM if self._heeds else signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM if signal.SIGTERM in self._heeded else signal.SIGINT)
 
     def finish(self, session: pytest.Session) -> Generator[None, Any, Any]:
         """Tear down after every other end of the session; what is left, GPU nodes above all, fails it."""
@@ -96,8 +98,7 @@ class SharedPool:
         finally:
             if self._owns and self._path.exists():
                 self._tear_down()
-            if self._heeds:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            self._answer_endings(signal.SIG_DFL)
             if self.problems and session.exitstatus not in _WORSE:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -116,28 +117,36 @@ class SharedPool:
     def _tear_down(self) -> None:
         from pytest_gpulab.kube.ledger import Ledger
 
-        if self._heeds:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending already
+        self._answer_endings(signal.SIG_IGN)  # it is ending already
         try:
             self.problems = self._end_run(Ledger(self._path))
         except KeyboardInterrupt:  # once more, by somebody who does not want to wait: what is left has a ledger
             self.problems = ["the teardown was interrupted before its end"]
 
-    def _heed_sigterm(self) -> None:
-        """Turn SIGTERM into an orderly end of the session while there is a pool; the owner hears it."""
-        main = threading.current_thread() is threading.main_thread()
-        if self._owns and main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, self._end)
-            self._heeds = True
+    def _heed(self) -> None:
+        """Turn `_ENDINGS` into an orderly end of the session while there is a pool; the owner hears them.
+
+        What is ignored stays so: nohup has SIGHUP ignored.
+        """
+        if self._owns and threading.current_thread() is threading.main_thread():
+            unheeded = [number for number in _ENDINGS if signal.getsignal(number) == signal.SIG_DFL]
+            self._heeded += unheeded
+            for number in unheeded:
+                signal.signal(number, self._end)
+
+    def _answer_endings(self, action: signal.Handlers) -> None:
+        for number in self._heeded:
+            signal.signal(number, action)
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         if self._path.exists():
+            self._answer_endings(signal.SIG_IGN)  # shell and kernel both tell of a terminal that is gone
             on_interrupt = signal.getsignal(signal.SIGINT)
             if callable(on_interrupt) and on_interrupt is not signal.default_int_handler:
                 on_interrupt(signal.SIGINT, frame)  # a load is running, which ends with what there is of it
                 return
-            raise KeyboardInterrupt(self._reason or "SIGTERM")
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            raise KeyboardInterrupt(self._reason or signal.Signals(number).name)
+        signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
 

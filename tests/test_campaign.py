@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 from pytest_gpulab.campaign import arrivals_s, estimate_s, forecast, time_text
 from pytest_gpulab.experiment import ClosedLoop, Constant, Profile, Shape, Workload
 from pytest_gpulab.fleet import Fleet
+from pytest_gpulab.report.telling import teller
 from pytest_gpulab.run_store import Question, RunStore
 from tests.conftest import Project
 from tests.known import known_run
@@ -144,3 +146,17 @@ def test_lines_are_told_past_the_capturing(pytester: pytest.Pytester, capture: s
     result = pytester.runpytest_inprocess(f"--capture={capture}", "-p", "no:hypothesispytest")
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["gpulab: starting vLLM"])
+
+
+def test_a_terminal_that_is_gone_ends_nothing(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teardown goes on when the connection is lost that its lines would take."""
+    lost: list[str] = []
+
+    def write_line(line: str) -> None:
+        lost.append(line)
+        raise OSError(errno.EIO, "Input/output error")
+
+    config = pytester.parseconfigure()
+    monkeypatch.setattr(config.pluginmanager.get_plugin("terminalreporter"), "write_line", write_line)
+    teller(config)("taking down")
+    assert lost == ["gpulab: taking down"]

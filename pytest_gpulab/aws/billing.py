@@ -94,11 +94,15 @@ class Meter:
         usd = sum(self._rate(machine) * seconds for machine, seconds in billed if seconds) / 3600
         return Bill(sum(seconds for _, seconds in billed), usd)
 
+    @property
+    def running(self) -> list[Machine]:
+        """Machines that cost money when they were last seen."""
+        return [one for one in self.machines.values() if one.launched is not None and one.gone is None]
+
     def exhausted_at(self, now: float) -> float:
         """When the budget is over if what runs now goes on, Unix seconds."""
         left = self.budget_usd - self.usd(now)
-        running = (one for one in self.machines.values() if one.launched is not None and one.gone is None)
-        rate = self._fixed + sum(map(self._rate, running))
+        rate = self._fixed + sum(map(self._rate, self.running))
         return now + 3600 * left / rate if rate > 0 else math.inf
 
     def check(self, now: float) -> None:

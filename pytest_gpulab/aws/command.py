@@ -41,29 +41,34 @@ def add_reap(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "reap",
         help="tear down what killed sessions left behind",
         description="Tears down the embedded clusters, nodes and objects of every session that died before it could, "
-        "or with --cluster what one left in AWS. Sessions that are alive are left alone. Exits 1, with a list, when "
-        "something is left.",
+        "or with --cluster what one left in AWS. Sessions that are alive are left alone, and so are those of other "
+        "machines and containers. Exits 1, with a list, when something is left.",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--run", dest="id", metavar="ID", help="only this run (default: all)")
     what.add_argument("--cluster", metavar="NAME", help="an EKS cluster, its run's objects, and all that costs there")
     parser.add_argument("--region", help="of the cluster, where no ledger on this machine knows it")
     parser.add_argument("--yes", action="store_true", help="remove what the cluster left (default: list it)")
+    parser.add_argument("--dead", action="store_true", help="its session is dead, which cannot be seen from here")
     parser.set_defaults(run=_reap)
 
 
 def _reap(options: argparse.Namespace) -> int:
+    if options.dead and options.id is None and options.cluster is None:
+        raise ValueError("--dead must be said of one session: give --run or --cluster")
     if options.cluster is not None:
         from pytest_gpulab.aws.reap import reap
 
-        return reap(options.cluster, options.region, act=options.yes)
+        return reap(options.cluster, options.region, act=options.yes, dead=options.dead)
     from pytest_gpulab.aws.ledger import cluster_ledgers
     from pytest_gpulab.kube.reap import reap_runs
 
-    status = reap_runs(options.id)
+    status = reap_runs(options.id, dead=options.dead)
     for ledger in cluster_ledgers() if options.id is None else ():
-        whose = "its session is alive" if ledger.owner_lives() else f"`gpulab reap --cluster {ledger.name}` shows it"
+        unseen, shows = ledger.out_of_sight(), f"`gpulab reap --cluster {ledger.name}` shows it"
+        whose = f"{unseen}; {shows}" if unseen else "its session is alive" if ledger.owner_lives() else shows
         print(f"EKS cluster {ledger.name} has a ledger: {whose}")
+        status = 1 if unseen else status
     return status
 
 

@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Final
 
 from pytest_gpulab import render
@@ -78,7 +79,7 @@ class Lease:
         if most > bought:
             return (
                 f"the fleet may ask for {most} machines at once, but plan, quota and budget of this session are for "
-                f"{bought}: give --gpulab-machines {most}"
+                f"{bought} of each capacity type: give --gpulab-machines {most}"
             )
         if not set(fleet.capacity) & set(self._supply.prices):
             return f"the fleet is on {' or '.join(fleet.capacity)}: {'; '.join(self._supply.closed)}"
@@ -152,14 +153,22 @@ class Lease:
             return tear_down(run).problems
         self._tell(f"taking down what was made on the EKS cluster {self.plan.request.name}")
         try:
-            removed = lifecycle.tear_down(self._clients, self._ledger)
+            removed = lifecycle.tear_down(self._clients, self._ledger, drained=self._see_what_is_left)
         except (AwsError, KubeError) as left:
             site = lifecycle.site_of(self.plan)
             return [str(left), f"`gpulab reap --cluster {site.name} --region {site.region} --yes` tries again"]
         if self._guard is not None:
-            usd = self._guard.meter.usd(time.time())
-            self._tell(f"{len(removed)} things are gone; all of it has cost about {usd:.2f} USD, traffic not counted")
+            meter = self._guard.meter
+            about = f"{'at most' if meter.running else 'about'} {meter.usd(time.time()):.2f} USD"
+            self._tell(f"{len(removed)} things are gone; all of it has cost {about}, traffic not counted")
         return []
+
+    def _see_what_is_left(self) -> None:
+        """Once more: machines that are gone now do not cost what the cluster does until its stack is deleted."""
+        if self._guard is None or self._kube is None:
+            return
+        with self._lock, suppress(AwsError, KubeError):  # what cannot be seen counts until the end
+            self._guard.observe(self._kube)
 
     def _ask(self, instance_type: str) -> str:
         """About a type that the session does not buy."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from pytest_gpulab.aws import leaks, stack, switch
 from pytest_gpulab.aws.auth import connect, write_kubeconfig
@@ -78,11 +79,14 @@ def make_cluster(clients: Clients, plan: Plan, clock: Clock) -> None:
     stack.wait_created(clients, made, deadline_s=CREATE_S, clock=clock)
 
 
-def tear_down(clients: Clients, ledger: ClusterLedger, *, clock: Clock = REAL_TIME) -> list[str]:
+def tear_down(
+    clients: Clients, ledger: ClusterLedger, *, drained: Callable[[], None] = lambda: None, clock: Clock = REAL_TIME
+) -> list[str]:
     """Remove what the ledger's site made, then the ledger; what was removed.
 
     Adopted clusters stay. The order: what the runs made in the cluster, the cluster's stack, what Kubernetes left
-    outside of it, the switch. Can be called again wherever it was cut off.
+    outside of it, the switch. Can be called again wherever it was cut off. `drained` is called while the cluster is
+    still there but the runs' machines are not.
 
     Raises:
         AwsError: something is left; the ledger stays, and so does the switch while the stack does.
@@ -92,6 +96,7 @@ def tear_down(clients: Clients, ledger: ClusterLedger, *, clock: Clock = REAL_TI
         ledger.remove()
         return []
     removed, problems = _drain(ledger)
+    drained()
     if site.adopted:
         if problems:
             raise AwsError(f"the adopted cluster {site.name} still has of this run: {'; '.join(problems)}")

@@ -176,7 +176,8 @@ def _items(clients: Clients, request: Request, supplies: Sequence[Supply]) -> li
     for supply in supplies:
         if supply.reason is None:
             kinds = ", ".join(f"{capacity} {price}" for capacity, price in supply.prices.items())
-            what = f"{supply.need.nodes} x {supply.need.instance_type}: {kinds}"
+            both = " of each" if len(supply.prices) > 1 else ""
+            what = f"{supply.need.nodes} x {supply.need.instance_type}{both}: {kinds}"
             items += [(what, supply.usd_per_hour), *_fee(clients, request, supply)]
     return items
 
@@ -188,5 +189,5 @@ def _fee(clients: Clients, request: Request, supply: Supply) -> list[tuple[str, 
     )
     if price is None:
         return []
-    usd = supply.need.nodes * price.usd_per_hour * prices.AUTO_MODE_SHARE
+    usd = supply.need.nodes * len(supply.prices) * price.usd_per_hour * prices.AUTO_MODE_SHARE
     return [(f"Auto Mode's fee for them, {prices.AUTO_MODE_SHARE:.0%} of on-demand", usd)]

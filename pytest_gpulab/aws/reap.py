@@ -10,10 +10,10 @@ from pytest_gpulab.aws.lifecycle import find_stacks, remove_cluster, tear_down
 from pytest_gpulab.aws.stack import REAL_TIME, RUN_TAG, Clock
 
 
-def reap(name: str, region: str | None, *, act: bool) -> int:
+def reap(name: str, region: str | None, *, act: bool, dead: bool = False) -> int:
     """The command: list what is left of a cluster or, with `act`, remove it. 0: nothing is left; 1: something is.
 
-    `region` may be left out where the ledger knows it.
+    `region` may be left out where the ledger knows it. `dead`: a session that cannot be seen from here is.
     """
     ledger = _ledger(name)
     site = ledger.site() if ledger else None
@@ -27,7 +27,7 @@ def reap(name: str, region: str | None, *, act: bool) -> int:
         if left:
             print("nothing was removed: repeat with --yes")
         return 1 if left else 0
-    removed = reap_cluster(clients, name, region)
+    removed = reap_cluster(clients, name, region, dead=dead)
     print(f"{name}: {', '.join(removed) or 'had nothing'}; removed")
     return 0
 
@@ -39,17 +39,24 @@ def find_left(clients: Clients, site: Site) -> list[str]:
     return [*stacks, *map(str, leaks.scan(clients, site))]
 
 
-def reap_cluster(clients: Clients, name: str, region: str, *, clock: Clock = REAL_TIME) -> list[str]:
+def reap_cluster(
+    clients: Clients, name: str, region: str, *, dead: bool = False, clock: Clock = REAL_TIME
+) -> list[str]:
     """Remove what is left of a cluster whose session is dead; what was removed. An adopted cluster stays.
 
+    `dead`: a session that cannot be seen from here is.
+
     Raises:
-        AwsError: its session lives, it is in another account, or something would not go.
+        AwsError: its session lives or may live, it is in another account, or something would not go.
     """
     ledger = _ledger(name)
     site = find_site(clients, name, region)
     if ledger is None:
         return remove_cluster(clients, site, clock)
-    if ledger.owner_lives():
+    unseen = ledger.out_of_sight()
+    if unseen and not dead:
+        raise AwsError(f"the cluster {name} was {unseen}: if its session is known to be dead, add --dead")
+    if not unseen and ledger.owner_lives():
         raise AwsError(f"the session of the cluster {name} is alive: let it end, or stop it first")
     return tear_down(clients, ledger, clock=clock)
 

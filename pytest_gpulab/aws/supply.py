@@ -30,7 +30,7 @@ _SHARING = {"g": ["g*", "vt*"], "p": ["p*"]}
 
 @dataclass(frozen=True)
 class Need:
-    """`nodes` machines of a type at once; `capacities`: how they may be bought, first choice first."""
+    """`nodes` machines of a type at once in each of `capacities`, the ways of buying, first choice first."""
 
     instance_type: str
     nodes: int
@@ -54,8 +54,9 @@ class Supply:
 
     @property
     def usd_per_hour(self) -> float:
-        """The most that the need costs, whichever way it is bought, Auto Mode's fee not included."""
-        return self.need.nodes * max((price.usd_per_hour for price in self.prices.values()), default=0.0)
+        """The most that the need costs, Auto Mode's fee not included: all of it in each way that is open, as each way
+        has a NodePool with a limit of its own."""
+        return self.need.nodes * sum(price.usd_per_hour for price in self.prices.values())
 
 
 def offering_zones(clients: Clients, instance_type: str) -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pytest_gpulab.kube.objects import Ref
+from pytest_gpulab.kube.place import can_see
 from pytest_gpulab.kube.process import Process
 
 Entry = dict[str, Any]
@@ -33,7 +34,7 @@ class Ledger:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         ledger = cls(path)
-        ledger._append(entry="run", host=socket.gethostname(), pid=owner.pid, started=owner.started)
+        ledger._append(entry="run", host=socket.gethostname(), **vars(owner))
         _sync_folder(path.parent)
         ledger.folder.mkdir(mode=0o700)
         return ledger
@@ -56,7 +57,7 @@ class Ledger:
 
     def process(self, process: Process) -> None:
         """The cluster is this process, which has not begun to work yet."""
-        self._append(entry="process", pid=process.pid, started=process.started)
+        self._append(entry="process", **vars(process))
 
     def object(self, ref: Ref) -> None:
         """The run is going to create this."""
@@ -89,11 +90,18 @@ class Ledger:
         return list(_whole(self.path.read_bytes()))
 
     def owner_lives(self) -> bool:
-        """Whether the run's session goes on, or may: one on another machine cannot be seen from here."""
-        run = next(iter(self._of("run")), None)
+        """Whether the run's session goes on, or may: see `out_of_sight`."""
+        run = self._begun()
         if run is None:
             return False  # killed before its first line: it has not begun
-        return bool(run["host"] != socket.gethostname() or Process(run["pid"], run["started"]).alive())
+        return bool(self.out_of_sight()) or _process(run).alive()
+
+    def out_of_sight(self) -> str:
+        """Why it cannot be told from here whether the run's session lives; empty when it can."""
+        run = self._begun()
+        if run is None or can_see(run["host"], run.get("place", "")):
+            return ""
+        return f"begun on {run['host']}, which cannot be seen from here"
 
     def is_up(self) -> bool:
         """Whether the pool is complete."""
@@ -105,11 +113,14 @@ class Ledger:
 
     def cluster_process(self) -> Process | None:
         """The embedded cluster, if the run started one."""
-        return next((Process(entry["pid"], entry["started"]) for entry in self._of("process")), None)
+        return next(map(_process, self._of("process")), None)
 
     def refs(self) -> list[Ref]:
         """Objects that may exist, each once, in the order of their creation."""
         return list(dict.fromkeys(Ref(*entry["ref"]) for entry in self._of("object")))
+
+    def _begun(self) -> Entry | None:
+        return next(iter(self._of("run")), None)
 
     def _of(self, kind: str) -> list[Entry]:
         return [entry for entry in self.entries() if entry["entry"] == kind]
@@ -118,6 +129,11 @@ class Ledger:
 def ledgers(folder: Path) -> list[Ledger]:
     """Every run that may have left something, oldest first by id."""
     return [Ledger(path) for path in sorted(folder.glob("*.jsonl"))]
+
+
+def _process(entry: Entry) -> Process:
+    """The one that an entry names; earlier versions named no place."""
+    return Process(entry["pid"], entry["started"], entry.get("place", ""))
 
 
 def _whole(text: bytes) -> Iterator[Entry]:

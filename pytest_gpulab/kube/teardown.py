@@ -1,7 +1,7 @@
 """The end of a run: everything its ledger names, in an order that leaves no load balancer and no machine behind.
 
-The same function after success, failure, Ctrl-C and SIGTERM, and in `gpulab reap` after a kill. It may be called
-again wherever it was cut off.
+The same function after success, failure, Ctrl-C, SIGTERM and SIGHUP, and in `gpulab reap` after a kill. It may be
+called again wherever it was cut off.
 """
 
 from __future__ import annotations

@@ -13,28 +13,41 @@ import pytest
 
 from pytest_gpulab import ClosedLoop, Profile, Shape, Workload
 from pytest_gpulab.aws import lease as lease_module
+from pytest_gpulab.aws import lifecycle
 from pytest_gpulab.aws.billing import Bill, BudgetError
+from pytest_gpulab.aws.clients import Clients
 from pytest_gpulab.aws.errors import AwsError
+from pytest_gpulab.aws.guard import Guard
 from pytest_gpulab.aws.lease import Lease
+from pytest_gpulab.aws.ledger import ClusterLedger, open_ledger
 from pytest_gpulab.aws.preflight import preflight
 from pytest_gpulab.aws.supply import Need
 from pytest_gpulab.endpoint import Endpoint
 from pytest_gpulab.figures import cost_usd, gpu_seconds
 from pytest_gpulab.fleet import FROM_ZERO, Autoscaling, Faults, Fleet, Shortage
 from pytest_gpulab.gates import TargetRefused
+from pytest_gpulab.kube.client import KubeError
+from pytest_gpulab.render import Machines
 from pytest_gpulab.run import REQUEST_DTYPE, SERVER_DTYPE, Provenance, Run
 from pytest_gpulab.targets.base import Served, Serving
 from pytest_gpulab.targets.eks import EksTarget
 from tests.aws.test_billing import START, claim, meter
 from tests.aws.test_preflight import World, request
 
+PRICE = {"gpu-spot": 0.25, "gpu-on-demand": 0.526}
+"""USD an hour of a g4dn.xlarge."""
 T4 = Profile(model="qwen2.5-0.5b", accelerator="t4")
 FEW = Workload(arrivals=ClosedLoop(concurrency=1), shape=Shape(prompt_tokens=8, output_tokens=8), requests=4)
 
 
-def made(need: str = "g4dn.xlarge", stop: Callable[[str], None] = print, machines: int = 1) -> Lease:
+def made(
+    need: str = "g4dn.xlarge",
+    stop: Callable[[str], None] = print,
+    machines: int = 1,
+    tell: Callable[[str], None] = print,
+) -> Lease:
     world = World()
-    return Lease(world, preflight(world, request(Need(need, machines))), tell=print, stop=stop)
+    return Lease(world, preflight(world, request(Need(need, machines))), tell=tell, stop=stop)
 
 
 def nothing_deployed(*_: object) -> NoReturn:
@@ -106,6 +119,49 @@ def test_a_heartbeat_may_fail_now_and_then(monkeypatch: pytest.MonkeyPatch):
     one._over.set()
     thread.join(10)
     assert reasons == [] and not thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("answers", "cost"),
+    [
+        (True, "about 0.72 USD"),
+        (False, "at most 2.22 USD"),  # until the stack is deleted
+    ],
+)
+def test_machines_that_are_gone_cost_nothing_while_the_stack_is_deleted(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, answers: bool, cost: str
+) -> None:
+    """Launched at 400 s, drained at 1120 s; the stack is gone at 2620 s. A second costs 0.001 USD."""
+    now = START + 1000.0
+    claims = [claim("a", 400)]
+
+    def listed(*_: Any, **__: Any) -> list[Any]:
+        if not claims and not answers:
+            raise KubeError("no answer")
+        return claims
+
+    def drain(_: ClusterLedger) -> tuple[list[str], list[str]]:
+        nonlocal now
+        claims.clear()
+        now += 120
+        return ["NodePool gpu-spot"], []
+
+    def remove(*_: Any) -> list[str]:
+        nonlocal now
+        now += 1500
+        return ["stack lab"]
+
+    monkeypatch.setattr(lifecycle, "_drain", drain)
+    monkeypatch.setattr(lifecycle, "remove_cluster", remove)
+    monkeypatch.setattr(lease_module, "time", SimpleNamespace(time=lambda: now))
+    told: list[str] = []
+    one = made(tell=told.append)
+    site = lifecycle.site_of(one.plan)
+    one._ledger, one._kube = open_ledger(site), SimpleNamespace(list=listed)
+    one._guard = Guard(clients, site, meter(), ends=now, now=lambda: now)
+    one._guard.observe(one._kube)
+    assert one.end(one._ledger) == []
+    assert told[-1] == f"2 things are gone; all of it has cost {cost}, traffic not counted"
 
 
 def empty_run(*_: Any, **__: Any) -> Run:
@@ -186,10 +242,20 @@ def test_a_fleet_has_as_many_machines_as_plan_and_budget_are_for():
     assert two.fleet_refusal(Fleet(autoscaling=None, replicas=2)) == ""
     assert two.fleet_refusal(Fleet(autoscaling=Autoscaling(max_replicas=8), max_gpus=2)) == "", "the pool ends it"
     assert two.fleet_refusal(FROM_ZERO) == (
-        "the fleet may ask for 4 machines at once, but plan, quota and budget of this session are for 2: "
-        "give --gpulab-machines 4"
+        "the fleet may ask for 4 machines at once, but plan, quota and budget of this session are for 2 of each "
+        "capacity type: give --gpulab-machines 4"
     )
-    assert two.plan.usd_per_hour > made().plan.usd_per_hour
+
+
+def test_the_plan_pays_for_all_that_the_pools_may_buy():
+    """Each capacity type has a NodePool, and each NodePool a limit: both may be reached at once."""
+    two = made(machines=2)
+    two._machines = Machines("role", ("subnet-1",), ("sg-1",))
+    pools = [obj for obj in two.capacity(FROM_ZERO, "run-1") if obj["kind"] == "NodePool"]
+    most = {pool["metadata"]["name"]: int(pool["spec"]["limits"]["nvidia.com/gpu"]) for pool in pools}
+    assert most == {"gpu-spot": 2, "gpu-on-demand": 2}
+    (planned,) = (usd for what, usd in two.plan.items if "g4dn.xlarge" in what)
+    assert planned == pytest.approx(sum(number * PRICE[name] for name, number in most.items()))
 
 
 def test_a_fleet_beyond_the_quota_is_refused_in_awss_words():

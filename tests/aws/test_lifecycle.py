@@ -21,6 +21,7 @@ from pytest_gpulab.aws.ledger import ClusterLedger, clusters_folder, open_ledger
 from pytest_gpulab.aws.lifecycle import bring_up, make_cluster, site_of, tear_down
 from pytest_gpulab.aws.reap import find_left, find_site, reap, reap_cluster
 from pytest_gpulab.aws.stack import CLUSTER_TAG, RUN_TAG, StackError
+from pytest_gpulab.cli import main
 from pytest_gpulab.kube.ledger import Ledger
 from pytest_gpulab.kube.process import Process
 from pytest_gpulab.kube.state import ledger_path
@@ -411,6 +412,22 @@ def test_a_living_sessions_cluster_is_not_reaped(clients, plan, clock):
     with pytest.raises(AwsError, match="is alive"):
         reap_cluster(clients, "lab", REGION, clock=clock)
     assert find_cluster(clients, "lab") is not None
+
+
+def test_a_cluster_of_a_machine_that_cannot_be_seen_is_reaped_when_told(clients, plan, clock, capsys, monkeypatch):
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("pytest_gpulab.kube.process.here", lambda: "another-boot/1")
+        elsewhere.setattr("socket.gethostname", lambda: "laptop")
+        ledger = open_ledger(site_of(plan))
+    make_cluster(clients, plan, clock)
+    with pytest.raises(AwsError, match=r"lab was begun on laptop, which cannot be seen from here: .* add --dead"):
+        reap_cluster(clients, "lab", REGION, clock=clock)
+    assert main(["reap"]) == 1
+    assert "lab has a ledger: begun on laptop, which cannot be seen from here" in capsys.readouterr().out
+    assert find_cluster(clients, "lab") is not None
+    reap_cluster(clients, "lab", REGION, dead=True, clock=clock)
+    assert everything(clients) == {}
+    assert not ledger.path.exists()
 
 
 def test_reap_in_the_wrong_region_says_where(clients, plan):

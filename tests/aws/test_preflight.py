@@ -113,11 +113,12 @@ def world() -> World:
 def test_the_plan_adds_up(world):
     plan = preflight(world, request(Need("g4dn.xlarge", 2)))
     fixed = 0.10 + 0.045 + 0.005 + 0.0225 + 2 * 0.0765 * 1.12
-    gpus = 2 * 0.526 + 2 * 0.526 * 0.12  # on demand is dearer than spot: the most that can be asked
+    gpus = 2 * (0.25 + 0.526) + 2 * 2 * 0.526 * 0.12  # two on spot and two on demand: each has a limit of its own
     assert plan.usd_per_hour == pytest.approx(fixed + gpus)
     assert plan.campaign_usd == pytest.approx(2 * (fixed + gpus))
     assert plan.identity.principal_arn == f"arn:aws:iam::{ACCOUNT}:role/team/researcher"
     shown = str(plan)
+    assert "2 x g4dn.xlarge of each: " in shown
     assert f"create lab in {REGION}, account {ACCOUNT}" in shown
     assert "on-demand 0.526 USD/h (Pricing API, 2026-11-20)" in shown
     # Of the zones that sell the machine, and not the dearest of all.
@@ -288,6 +289,6 @@ def test_create_and_adopt_against_moto(clients, clock, world):
     # Somebody else pays for the control plane and the NAT gateway of an adopted cluster.
     assert [what.split(":")[0] for what, _ in adopted.items] == [
         "load balancer",
-        "1 x g4dn.xlarge",
+        "1 x g4dn.xlarge of each",
         "Auto Mode's fee for them, 12% of on-demand",
     ]

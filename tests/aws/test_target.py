@@ -293,7 +293,7 @@ def test_the_guard_ends_a_session_in_the_middle_of_a_run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_at_nothing(world: World, project: Callable[..., Project], number: signal.Signals) -> None:
     stays = project(STAYS)
     with stays.start(*OPTIONS) as session:

@@ -9,8 +9,9 @@ import textwrap
 import time
 import zipfile
 from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -28,7 +29,9 @@ import pytest
 from pytest_gpulab import Profile
 
 PROFILE = Profile(model="qwen2.5-0.5b", accelerator="t4", engine_args={"max_model_len": 9216})
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs this in the background ignores it
+# Whoever runs this in the background ignores them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
@@ -68,8 +71,11 @@ class Project:
 
     def start(self, *options: str, **environment: str) -> subprocess.Popen[str]:
         """A session that has begun."""
-        words = [sys.executable, "-m", "pytest", *QUICK, "-p", "no:cacheprovider", *options]
-        return self._popen(words, environment)
+        return self._popen(self._session(options), environment)
+
+    def start_on(self, terminal: int) -> subprocess.Popen[str]:
+        """A session that has begun on a terminal, where it also writes."""
+        return self._popen(self._session(), {}, preexec_fn=lambda: os.login_tty(terminal))
 
     def run(self, *options: str, **environment: str) -> tuple[int, str]:
         """A session to its end: exit status and output."""
@@ -113,7 +119,10 @@ class Project:
                 found.append(f"{process.pid}: {' '.join(words)}")
         return found
 
-    def _popen(self, words: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    def _session(self, options: Sequence[str] = ()) -> list[str]:
+        return [sys.executable, "-m", "pytest", *QUICK, "-p", "no:cacheprovider", *options]
+
+    def _popen(self, words: list[str], environment: dict[str, str], **more: Any) -> subprocess.Popen[str]:
         return subprocess.Popen(
             words,
             cwd=self.folder,
@@ -121,6 +130,7 @@ class Project:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            **more,
         )
 
 

@@ -7,15 +7,18 @@ import socket
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_gpulab.kube.ledger import Ledger, ledgers
 from pytest_gpulab.kube.objects import Ref
+from pytest_gpulab.kube.place import here
 from pytest_gpulab.kube.process import Process
 from pytest_gpulab.kube.state import state_folder
 
@@ -76,15 +79,64 @@ def test_the_owner_lives_as_long_as_its_process(tmp_path: Path) -> None:
         owner = Process.of(child.pid)
         ledger = Ledger.create(tmp_path / "r.jsonl", owner)
         assert ledger.owner_lives()
-        reused = Ledger.create(tmp_path / "s.jsonl", Process(child.pid, owner.started - 60))
+        reused = Ledger.create(tmp_path / "s.jsonl", replace(owner, started=owner.started - 1))
         assert not reused.owner_lives(), "the pid has gone to another process"
+        earlier = Ledger.create(tmp_path / "t.jsonl", Process(child.pid, psutil.Process(child.pid).create_time()))
+        assert earlier.owner_lives(), "as earlier versions named it"
         child.communicate(b"\n")
-    assert not ledger.owner_lives()
+    assert not ledger.owner_lives() and not earlier.owner_lives()
 
 
-def test_a_run_on_another_machine_may_live(ledger: Ledger) -> None:
-    text = ledger.path.read_text().replace('"pid": ', '"pid": 9999')
-    ledger.path.write_text(text)
-    assert not ledger.owner_lives()
-    ledger.path.write_text(text.replace(socket.gethostname(), "elsewhere"))
-    assert ledger.owner_lives()
+def test_a_step_of_the_wall_clock_kills_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells a start in ticks since a boot whose time moves with the clock."""
+    ledger = Ledger.create(tmp_path / "r.jsonl", this_process())
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        ledger.process(Process.of(child.pid))
+        before = psutil._pslinux.boot_time()
+        monkeypatch.setattr("psutil._pslinux.boot_time", lambda: before + 2.0)
+        assert ledger.owner_lives()
+        cluster = ledger.cluster_process()
+        assert cluster.alive() and cluster.stop() and not cluster.alive()
+
+
+BOOT, NAMESPACE = here().split("/")
+HOST = socket.gethostname()
+
+
+@pytest.mark.parametrize(
+    ("host", "place"),
+    [
+        ("renamed", f"{BOOT}/{NAMESPACE}"),
+        (HOST, f"an-earlier-boot/{NAMESPACE}"),
+        (HOST, ""),  # as earlier versions had it
+    ],
+)
+def test_a_dead_run_of_this_machine_is_dead_whatever_its_name(tmp_path: Path, host: str, place: str) -> None:
+    ledger = begun_by(tmp_path, host, Process(os.getpid(), 0, place))
+    assert ledger.out_of_sight() == "" and not ledger.owner_lives()
+
+
+@pytest.mark.parametrize(
+    ("host", "place"),
+    [
+        ("elsewhere", "another-boot/1"),
+        ("container", f"{BOOT}/1"),
+        (HOST, f"{BOOT}/1"),  # a container with the network of its host
+        ("elsewhere", ""),
+    ],
+)
+def test_a_run_in_another_place_may_live(tmp_path: Path, host: str, place: str) -> None:
+    ledger = begun_by(tmp_path, host, Process(os.getpid(), 0, place))
+    assert ledger.out_of_sight() == f"begun on {host}, which cannot be seen from here" and ledger.owner_lives()
+
+
+def test_a_new_name_of_the_machine_kills_nobody(tmp_path: Path) -> None:
+    ledger = begun_by(tmp_path, "renamed", this_process())
+    assert ledger.out_of_sight() == "" and ledger.owner_lives()
+
+
+def begun_by(folder: Path, host: str, owner: Process) -> Ledger:
+    """A ledger as `host` would have begun it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "gethostname", lambda: host)
+        return Ledger.create(folder / "r.jsonl", owner)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import signal
 from pathlib import Path
 
@@ -35,7 +37,7 @@ def test_a_session_without_a_pool_leaves_no_trace(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["alone", "xdist"])
 def test_a_signal_ends_it_at_zero(tmp_path: Path, number: signal.Signals, workers: list[str]) -> None:
     project = Project(tmp_path / "p", STAYS)
@@ -45,6 +47,34 @@ def test_a_signal_ends_it_at_zero(tmp_path: Path, number: signal.Signals, worker
         session.send_signal(number)
         output = session.communicate(timeout=60)[0]
     assert session.returncode == 2, output
+    assert project.left() == []
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_ends_it_at_zero(tmp_path: Path) -> None:
+    """Nothing can be written there any more either."""
+    project = Project(tmp_path / "p", STAYS)
+    ours, theirs = pty.openpty()
+    with project.start_on(theirs) as session:
+        os.close(theirs)
+        assert until((project.folder / "up").exists, 30)
+        os.close(ours)
+        session.wait(60)
+    assert project.left() == []
+
+
+@pytest.mark.slow
+def test_with_nohup_a_terminal_may_be_closed(tmp_path: Path) -> None:
+    body = """
+    import os
+    import signal
+
+    def test_goes_on(gpu_pool):
+        os.kill(os.getpid(), signal.SIGHUP)
+    """
+    project = Project(tmp_path / "p", body, CONFTEST + "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n")
+    status, output = project.run()
+    assert status == 0 and "1 passed" in output, output
     assert project.left() == []
 
 

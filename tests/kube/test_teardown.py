@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -145,6 +146,29 @@ def test_reap_leaves_the_living_alone(ledger: Ledger, capsys: pytest.CaptureFixt
     assert ledger.path.exists()
 
 
+def test_reap_leaves_alone_what_it_cannot_see_until_it_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("socket.gethostname", lambda: "laptop")
+        ledger = Ledger.create(ledger_path("far"), DEAD)
+    assert main(["reap"]) == 1
+    assert capsys.readouterr().out == (
+        "run far: begun on laptop, which cannot be seen from here; left alone. "
+        "`gpulab reap --run far --dead` if its session is dead\n"
+    )
+    assert main(["reap", "--dead"]) == 2
+    assert "--dead must be said of one session: give --run or --cluster" in capsys.readouterr().err
+    assert ledger.path.exists()
+    assert main(["reap", "--run", "far", "--dead"]) == 0
+    assert not ledger.path.exists()
+
+
+def test_reap_takes_nobodys_word_for_a_session_that_is_seen_alive(ledger: Ledger) -> None:
+    assert main(["reap", "--run", ledger.run, "--dead"]) == 0
+    assert ledger.path.exists()
+
+
 def test_reap_takes_the_dead(cluster: Running, capsys: pytest.CaptureFixture[str]) -> None:
     ledger = Ledger.create(ledger_path("dead"), DEAD)
     other = Ledger.create(ledger_path("other"), DEAD)
@@ -179,7 +203,7 @@ def test_reap_ends_an_embedded_cluster_and_what_is_in_it(capsys: pytest.CaptureF
 
 def test_a_pid_that_somebody_else_has_now_is_not_killed() -> None:
     ledger = Ledger.create(ledger_path("dead"), DEAD)
-    ledger.process(Process(os.getpid(), Process.of(os.getpid()).started - 3600))
+    ledger.process(replace(Process.of(os.getpid()), started=0))
     assert main(["reap"]) == 0
     assert not ledger.path.exists()
 
