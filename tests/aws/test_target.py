@@ -86,6 +86,11 @@ from pytest_gpulab.targets import loading
 
 loading.Loading.headroom = None  # a machine under test may be busy
 """
+JOBS_MAY_TAKE_LONG = """
+from pytest_gpulab.kube import load
+
+load.RUNNING_S = 2e5  # the cluster that stands for EKS runs 300 times as fast as the session takes it to
+"""
 DEAR = """
 from pytest_gpulab.aws import guard, lease
 
@@ -219,7 +224,7 @@ def test_a_network_of_its_own_loaded_from_inside_needs_no_certificate(
             (params,) = gpu_pool.kube.list("eks.amazonaws.com/v1", "IngressClassParams")
             assert params["spec"]["scheme"] == "internal"
     """
-    study = project(body)
+    study = project(body, CONFTEST + JOBS_MAY_TAKE_LONG)
     status, output = study.run(*OPTIONS, "--gpulab-certificate=", "--gpulab-load-from=cluster")
     assert status == 0, output
     found = decisions(study)["delivers"]
