@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import signal
 import textwrap
 from importlib import import_module
 from pathlib import Path
@@ -10,6 +11,10 @@ from pathlib import Path
 import pytest
 
 from pytest_gpulab.record import Decision, Record
+
+# Who runs tests in the background may ignore these, and so would every process that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Inner sessions forget what they imported: numpy must not be loaded a second time, the rest takes time.
 for module in (

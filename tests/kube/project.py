@@ -29,9 +29,6 @@ import pytest
 from pytest_gpulab import Profile
 
 PROFILE = Profile(model="qwen2.5-0.5b", accelerator="t4", engine_args={"max_model_len": 9216})
-# Whoever runs this in the background ignores them.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
