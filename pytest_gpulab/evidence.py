@@ -10,9 +10,10 @@ import math
 import operator as operators
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from pytest_gpulab.definition import digest
@@ -30,6 +31,11 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">=": operators.ge,
 }
 
+Off = Mapping[str, float]
+"""Servers (calibrations), and how far the times of each are off: 0.05 is 5 % slower than simulated."""
+
+EXACT: Off = {}
+
 
 # --- estimates ----------------------------------------------------------------------------------------------
 
@@ -40,18 +46,16 @@ class Estimate:
 
     Attributes:
         sources: the measurements it is computed from.
-        value_of: repeat index (from 0) to value, in `unit`.
-        error: relative calibration error of absolute values, 0 when measured or when it cancels.
-        servers: calibrations (or real servers) behind it; errors of the same ones cancel in a comparison.
+        value_of: repeat index (from 0), and how far servers' times are off, to value in `unit`.
+        errors: the calibrations behind it, and by how much each may be off; none where it was measured or counted.
         sample_floor: requests that every run must offer for the value to mean anything.
     """
 
     label: str
     unit: str
     sources: tuple[Measurement, ...]
-    value_of: Callable[[int], float]
-    error: Callable[[], float]
-    servers: Callable[[], frozenset[str]]
+    value_of: Callable[[int, Off], float]
+    errors: Callable[[], Off]
     sample_floor: int = 1
 
     @property
@@ -69,21 +73,26 @@ class Estimate:
         """Upper end of the interval over the repeats pulled so far."""
         return self.figure().high
 
-    def figure(self, repeats: int | None = None, *, widened: float = 0.0) -> Figure:
-        """Median and matching order statistics over the first `repeats` repeats, ends widened by a relative error."""
+    def figure(self, repeats: int | None = None, *, errors: Off = EXACT) -> Figure:
+        """Median and matching order statistics over the first `repeats` repeats, the ends widened by `errors`."""
         count = repeats or max(1, *(source.pulled for source in self.sources))
-        values = sorted(self.value_of(repeat) for repeat in range(count))
         deterministic = len({_pair_key(self.sources, repeat) for repeat in range(count)}) == 1 < count
         lowest, highest = interval_ranks(count)
+        values = self._ordered(count, EXACT)
+        extremes = [self._ordered(count, off) for off in _extremes(errors)]
         return Figure(
             label=self.label,
             value=_median(values),
-            low=values[lowest] * (1 - widened),
-            high=values[highest] * (1 + widened),
+            low=_end(min, (ordered[lowest] for ordered in extremes), values[lowest]),
+            high=_end(max, (ordered[highest] for ordered in extremes), values[highest]),
             n=1 if deterministic else count,
             unit=self.unit,
             deterministic=deterministic,
         )
+
+    def _ordered(self, count: int, off: Off) -> list[float]:
+        """The values of so many repeats, lowest first; those that nobody knows (NaN) last."""
+        return sorted((self.value_of(repeat, off) for repeat in range(count)), key=lambda v: (math.isnan(v), v))
 
     def __repr__(self) -> str:
         if any(source.pulled == 0 for source in self.sources):
@@ -130,27 +139,19 @@ class Estimate:
 
     def _scaled(self, factor: float, label: str) -> Estimate:
         value_of = self.value_of
-        return Estimate(
-            label,
-            self.unit,
-            self.sources,
-            lambda i: factor * value_of(i),
-            self.error,
-            self.servers,
-            self.sample_floor,
-        )
+        return replace(self, label=label, value_of=lambda repeat, off: factor * value_of(repeat, off))
 
 
 def _ratio(top: Estimate, bottom: Estimate) -> Estimate:
-    def value_of(repeat: int) -> float:
-        below = bottom.value_of(repeat)
-        return top.value_of(repeat) / below if below else math.inf
-
-    def error() -> float:
-        return 0.0 if top.servers() == bottom.servers() else top.error() + bottom.error()
-
     unit = "ratio" if top.unit == bottom.unit else f"{top.unit} / {bottom.unit}"
-    return _combined(f"({top.label} / {bottom.label})", unit, top, bottom, value_of, error)
+    return _combined(f"({top.label} / {bottom.label})", unit, top, bottom, _quotient)
+
+
+def _quotient(above: float, below: float) -> float:
+    """`above` / `below`; infinite over 0, and unknown (NaN) where 0 stands over 0."""
+    if below:
+        return above / below
+    return math.copysign(math.inf, above) if above and not math.isnan(above) else math.nan
 
 
 def _difference(left: Estimate, right: Estimate) -> Estimate:
@@ -159,37 +160,31 @@ def _difference(left: Estimate, right: Estimate) -> Estimate:
             f"{left.label} - {right!r}: subtract an estimate of the same unit; put numbers on the other side"
         )
     _require_same_unit(left, "-", right)
-
-    def error() -> float:
-        return max(left.error(), right.error())
-
-    return _combined(
-        f"({left.label} - {right.label})",
-        left.unit,
-        left,
-        right,
-        lambda repeat: left.value_of(repeat) - right.value_of(repeat),
-        error,
-    )
+    return _combined(f"({left.label} - {right.label})", left.unit, left, right, operators.sub)
 
 
 def _combined(
-    label: str,
-    unit: str,
-    left: Estimate,
-    right: Estimate,
-    value_of: Callable[[int], float],
-    error: Callable[[], float],
+    label: str, unit: str, left: Estimate, right: Estimate, combine: Callable[[float, float], float]
 ) -> Estimate:
     return Estimate(
         label,
         unit,
         left.sources + right.sources,
-        value_of,
-        error,
-        lambda: left.servers() | right.servers(),
+        lambda repeat, off: combine(left.value_of(repeat, off), right.value_of(repeat, off)),
+        lambda: {**left.errors(), **right.errors()},
         max(left.sample_floor, right.sample_floor),
     )
+
+
+def _extremes(errors: Off) -> list[Off]:
+    """Every way in which all calibrations are off by as much as they may be."""
+    return [dict(zip(errors, ends, strict=True)) for ends in product(*((-e, e) for e in errors.values()))]
+
+
+def _end(extreme: Callable[[Iterable[float]], float], ends: Iterable[float], exact: float) -> float:
+    """The extreme one of `ends`; `exact` where they differ from it by rounding only, because errors cancel."""
+    found = extreme(ends)
+    return exact if math.isclose(found, exact) else found
 
 
 def _require_number(value: object, sign: str) -> None:
@@ -322,12 +317,10 @@ class Comparison(Claim):
         invalid = self._invalid(result.repeats)
         if invalid:
             outcome, why = "undecided", invalid
-        left_error, right_error = self._errors
-        left = self.left.figure(result.repeats, widened=left_error)
-        right = self._right_figure(result.repeats, right_error)
+        left, right = self._figures(result.repeats, self._own_errors)
         reason = f"{left.label} {figure_text(left)} against {figure_text(right)}: {why}"
-        if left_error or right_error:
-            reason += f" (calibration error {max(left_error, right_error):.1%} included)"
+        if self._own_errors and (left, right) != self._figures(result.repeats, EXACT):
+            reason += f" (calibration error {max(self._own_errors.values()):.1%} included)"
         delivery = isinstance(self.right, float) and self.left.label.startswith("delivery ratio")
         if outcome == "held" and delivery and result.held == result.repeats and not deterministic:
             reason += f"; up to {1 - 0.05 ** (1 / result.repeats):.0%} of runs could still fail"
@@ -362,27 +355,33 @@ class Comparison(Claim):
         return all(source.run(0).provenance.basis == "simulated" for source in self.sources)
 
     @cached_property
-    def _errors(self) -> tuple[float, float]:
-        """Relative error of each side; errors of one calibration cancel between two of its arms."""
-        if not isinstance(self.right, Estimate):
-            return self.left.error(), 0.0
-        if self.left.servers() == self.right.servers():
-            return 0.0, 0.0
-        return self.left.error(), self.right.error()
+    def _errors(self) -> Off:
+        """The calibrations behind both sides, and by how much each may be off."""
+        return {**self.left.errors(), **(self.right.errors() if isinstance(self.right, Estimate) else {})}
+
+    @cached_property
+    def _own_errors(self) -> Off:
+        """`_errors` that move the sides apart: those of one calibration are common to two of its arms."""
+        common = isinstance(self.right, Estimate) and self.left.errors() == self.right.errors()
+        return {} if common else self._errors
 
     def _vote(self, repeat: int) -> Vote:
-        """1 when the claim holds at both ends of the calibration's error, -1 when it fails at both."""
-        left = self.left.value_of(repeat)
-        right = self.right.value_of(repeat) if isinstance(self.right, Estimate) else self.right
-        left_error, right_error = self._errors
-        if math.isnan(left) or math.isnan(right) or (math.isinf(left) and math.isinf(right)):
-            return 0  # two undelivered percentiles say nothing of one another
-        compare = _COMPARE[self.operator]
-        ends = [
-            compare(left * (1 - left_error), right * (1 + right_error)),
-            compare(left * (1 + left_error), right * (1 - right_error)),
-        ]
-        return 1 if all(ends) else -1 if not any(ends) else 0
+        """1 when the claim holds however far the calibrations are off, -1 when it never does."""
+        answers = {self._holds(repeat, off) for off in _extremes(self._errors)}
+        return 1 if answers == {True} else -1 if answers == {False} else 0
+
+    def _holds(self, repeat: int, off: Off) -> bool | None:
+        """Whether the claim holds in `repeat`; None where nobody knows."""
+        left = self.left.value_of(repeat, off)
+        if isinstance(self.right, Estimate):
+            right = self.right.value_of(repeat, off)
+            if math.isinf(left) and math.isinf(right):
+                return None  # two undelivered percentiles say nothing of one another
+        else:
+            right = self.right
+        if math.isnan(left) or math.isnan(right):
+            return None
+        return _COMPARE[self.operator](left, right)
 
     def _invalid(self, repeats: int) -> str:
         """Why the evidence cannot decide, or nothing."""
@@ -396,11 +395,13 @@ class Comparison(Claim):
                     return f"this percentile needs {floor} requests a run, {source.label} offered {len(run.requests)}"
         return ""
 
-    def _right_figure(self, repeats: int, widened: float) -> Figure:
+    def _figures(self, repeats: int, errors: Off) -> tuple[Figure, Figure]:
+        """Both sides over the first `repeats` repeats, their ends widened by `errors`."""
+        left = self.left.figure(repeats, errors=errors)
         if isinstance(self.right, Estimate):
-            return self.right.figure(repeats, widened=widened)
+            return left, self.right.figure(repeats, errors=errors)
         value = float(self.right)
-        return Figure(label="constant", value=value, low=value, high=value, n=0, unit=self.left.unit)
+        return left, Figure(label="constant", value=value, low=value, high=value, n=0, unit=self.left.unit)
 
 
 class AnyOf(Claim):
@@ -490,9 +491,9 @@ def number_text(value: float, unit: str) -> str:
 
 
 def figure_text(figure: Figure) -> str:
-    """``1.93 s [1.71, 2.20]``; a constant or a single run has no interval."""
+    """``1.93 s [1.71, 2.20]``; a constant, a single run and what nobody knows (NaN) have no interval."""
     text = number_text(figure.value, figure.unit)
-    if figure.low == figure.high:
+    if figure.low == figure.high or math.isnan(figure.value):
         return text
     low, high = (
         number_text(end, "ratio" if figure.unit == "ratio" else "").strip() for end in (figure.low, figure.high)

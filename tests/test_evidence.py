@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from pytest_gpulab import any_of, caveat, requires
+from pytest_gpulab.evidence import Claim
 from pytest_gpulab.experiment import Profile
 from pytest_gpulab.gates import Ledger, collecting
 from pytest_gpulab.lab import Lab
+from pytest_gpulab.measurement import Measurement
 from pytest_gpulab.run import Run
 from tests.known import PROFILE, WORKLOAD, Known, arm, known_lab, known_run
 
@@ -140,6 +143,83 @@ def test_errors_cancel_only_within_one_calibration(other_server: str, outcome: s
     lab = known_lab(lambda profile, _: fast if profile.engine_args.max_num_seqs == 1 else slow)
     claim = lab.measure(WORKLOAD, arm(1)).p95 < lab.measure(WORKLOAD, arm(2)).p95
     assert claim.decide().outcome == outcome
+
+
+def two_arms(common: bool) -> tuple[Measurement, Measurement]:
+    """2.0 s and 2.1 s, simulated by one calibration or by two, each up to 10 % off."""
+
+    def run(profile: Profile, _: int) -> Run:
+        seqs = profile.engine_args.max_num_seqs or 0
+        server = "a" if common or seqs == 1 else "b"
+        return known_run(1.9 + seqs / 10, basis="simulated", relative_error=0.1, server=server)
+
+    lab = known_lab(run, basis="simulated")
+    return lab.measure(WORKLOAD, arm(1), label="fast"), lab.measure(WORKLOAD, arm(2), label="slow")
+
+
+SLOWER: dict[str, Callable[[Measurement, Measurement], Claim]] = {
+    "compared": lambda fast, slow: slow.p95 > fast.p95,
+    "ratio": lambda fast, slow: slow.p95 / fast.p95 > 1,
+    "difference": lambda fast, slow: slow.p95 - fast.p95 > 0,
+    "negative difference": lambda fast, slow: fast.p95 - slow.p95 < 0,
+}
+
+
+@pytest.mark.parametrize("claim", SLOWER.values(), ids=SLOWER)
+@pytest.mark.parametrize(("common", "outcome"), [(True, "held"), (False, "undecided")])
+def test_one_question_has_one_answer_however_it_is_written(
+    claim: Callable[[Measurement, Measurement], Claim], common: bool, outcome: str
+) -> None:
+    assert claim(*two_arms(common)).decide().outcome == outcome
+
+
+@pytest.mark.parametrize(
+    ("common", "interval"), [(True, (-0.11, -0.09)), (False, (2.0 * 0.9 - 2.1 * 1.1, 2.0 * 1.1 - 2.1 * 0.9))]
+)
+def test_a_difference_is_as_uncertain_as_its_sides(common: bool, interval: tuple[float, float]) -> None:
+    fast, slow = two_arms(common)
+    found = (fast.p95 - slow.p95 <= 1.0).decide().left
+    assert (found.low, found.high) == pytest.approx(interval)
+    assert found.value == pytest.approx(-0.1)
+
+
+def test_an_error_that_cancels_is_not_shown() -> None:
+    fast, slow = two_arms(common=True)
+    found = (slow.p95 / fast.p95 <= 2).decide()
+    assert found.left.low == found.left.value == found.left.high
+    assert "calibration error" not in found.reason
+
+
+@pytest.mark.parametrize(("threshold", "outcome"), [(2.3, "held"), (2.1, "undecided"), (1.7, "false")])
+def test_a_count_below_a_latency_leaves_its_error(threshold: float, outcome: str) -> None:
+    m = deterministic_lab(2.0, 0.1).measure(WORKLOAD, PROFILE)
+    assert (m.p95 / m.delivery_ratio <= threshold).decide().outcome == outcome
+
+
+@pytest.mark.parametrize(("threshold", "outcome"), [(2.5, "held"), (2.4, "undecided")])
+def test_a_latency_over_a_rate_doubles_the_error(threshold: float, outcome: str) -> None:
+    """2 s over 1 request/s; where the server is 10 % slower 2.2 s over 0.9 requests/s."""
+    m = deterministic_lab(2.0, 0.1).measure(WORKLOAD, PROFILE)
+    assert (m.p95 / m.request_rate <= threshold).decide().outcome == outcome
+
+
+@pytest.mark.parametrize(
+    ("above", "below", "outcome"), [(0.0, 0.0, "undecided"), (math.nan, 0.0, "undecided"), (3.0, 0.0, "held")]
+)
+def test_nothing_over_nothing_is_unknown(above: float, below: float, outcome: str) -> None:
+    def run(profile: Profile, seed: int) -> Run:
+        count = above if profile.engine_args.max_num_seqs == 1 else below
+        return replace(known_run(1.0, seed=seed), totals={"num_preemptions_total": count})
+
+    lab = known_lab(run)
+    ratio = lab.measure(WORKLOAD, arm(1)).preemptions / lab.measure(WORKLOAD, arm(2)).preemptions
+    assert (ratio >= 2).decide().outcome == outcome
+
+
+@pytest.mark.parametrize(("delivered", "outcome"), [(200, "held"), (100, "false")])
+def test_a_constant_may_be_infinite(delivered: int, outcome: str) -> None:
+    m = measure(run=lambda _, seed: known_run(1.0, seed=seed, delivered=delivered))
+    assert (m.p95 < math.inf).decide().outcome == outcome
 
 
 def test_two_undelivered_percentiles_say_nothing_of_one_another() -> None:
