@@ -392,7 +392,7 @@ class Comparison(Claim):
                 if run.problems:
                     return f"invalid evidence (seed {run.provenance.seed}): {'; '.join(run.problems)}"
                 if len(run.requests) < floor:
-                    return f"this percentile needs {floor} requests a run, {source.label} offered {len(run.requests)}"
+                    return f"this figure needs {floor} requests a run, {source.label} offered {len(run.requests)}"
         return ""
 
     def _figures(self, repeats: int, errors: Off) -> tuple[Figure, Figure]:

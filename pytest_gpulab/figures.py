@@ -48,9 +48,9 @@ def _seconds(table: NDArray[Any], interval: Interval) -> NDArray[np.float64]:
 
 
 def percentile(values: NDArray[np.float64], percent: float) -> float:
-    """The nearest-rank percentile: the smallest value that `percent` % of all values do not exceed."""
+    """The nearest-rank percentile: the smallest value that `percent` % of all values do not exceed; NaN of none."""
     if not len(values):
-        raise ValueError("a percentile needs at least one request, the run offered none; raise the rate or duration")
+        return math.nan
     rank = max(int(np.ceil(percent / 100 * len(values))) - 1, 0)
     return float(np.partition(values, rank)[rank])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Generator
+from traceback import format_exception
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -120,7 +121,10 @@ class Watch:
             report.outcome = "skipped"
             report.wasxfail = self.judgement.reason
         if not self.stands:
-            self._evidence = self._gather()
+            try:
+                self._evidence = self._gather()
+            except Exception as crash:
+                self._fail(report, crash)
         if self._evidence is not None:
             report.__dict__["gpulab"] = self._evidence
             self._set_properties(report, self._evidence)
@@ -171,6 +175,13 @@ class Watch:
             **evidence,
         }
 
+    def _fail(self, report: pytest.TestReport, crash: Exception) -> None:
+        """The item cannot say what it has shown: an error of this item, not of the session."""
+        self.judgement = Judgement(None, f"its evidence cannot be summarized: {type(crash).__name__}: {crash}")
+        report.outcome = "failed"
+        report.longrepr = f"{''.join(format_exception(crash))}\n{self.judgement.reason}"
+        report.__dict__.pop("wasxfail", None)
+
     def _set_properties(self, report: pytest.TestReport, evidence: dict[str, Any] | None) -> None:
         """JUnit reads the item's properties; consumers of the report see the same."""
         kept = [pair for pair in self.item.user_properties if pair[0] not in _PROPERTIES]
@@ -182,9 +193,12 @@ class Watch:
         config = self.item.config
         if not (config.pluginmanager.hasplugin("html") and config.getoption("htmlpath", None)):
             return
-        from pytest_gpulab.report.html import extras
+        from pytest_gpulab.report.html import extras, without_extras
 
-        own = extras(self.ledger, config, self._evidence, self.entry.statement)
+        try:
+            own = extras(self.ledger, config, self._evidence, self.entry.statement)
+        except Exception as crash:
+            own = without_extras(crash)
         report.__dict__["extras"] = [*getattr(report, "extras", []), *own]
 
 

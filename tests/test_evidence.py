@@ -14,7 +14,7 @@ from pytest_gpulab.evidence import Claim
 from pytest_gpulab.experiment import Profile
 from pytest_gpulab.gates import Ledger, collecting
 from pytest_gpulab.lab import Lab
-from pytest_gpulab.measurement import Measurement
+from pytest_gpulab.measurement import Measurement, summarize
 from pytest_gpulab.run import Run
 from tests.known import PROFILE, WORKLOAD, Known, arm, known_lab, known_run
 
@@ -53,6 +53,23 @@ def test_cost_counts_wall_time_and_only_useful_requests() -> None:
     m = measure(run=lambda _, seed: known_run(np.arange(1, 201) / 10, seed=seed))
     assert m.cost_per_useful_request(e2e_s=2.0).value == pytest.approx(0.526 * 200 / 3600 / 20)
     assert m.goodput(e2e_s=2.0).value == pytest.approx(20 / 200)
+
+
+@pytest.mark.parametrize("run", [{"requests": 0}, {"output_tokens": 1}], ids=["no request", "one token"])
+def test_a_percentile_of_nothing_is_unknown_and_decides_nothing(run: dict[str, int]) -> None:
+    """A workload may offer no request under a seed, or answers of one token: no time between two tokens."""
+    m = measure(run=lambda _, seed: known_run(1.0, seed=seed, **run))  # type: ignore[arg-type]
+    decided = (m.tpot.p50 <= 1.0).decide()
+    assert decided.outcome == "undecided"
+    assert math.isnan(decided.left.value)
+    figures = {figure.label: figure for figure in summarize(m).figures}
+    assert math.isnan(figures["p50 tpot"].value)
+
+
+def test_a_seed_without_a_request_hides_no_other() -> None:
+    m = measure(run=lambda _, seed: known_run(1.0 + seed, seed=seed, requests=0 if seed == 1 else 200))
+    assert (m.p50 <= 99.0).decide().outcome == "undecided"
+    assert m.p50.figure(6).low == 1.0
 
 
 # --- repeats --------------------------------------------------------------------------------------------

@@ -126,6 +126,38 @@ def test_error_is_no_verdict(project: Project, body: str, reason: str) -> None:
     assert reason in error.reason
 
 
+def test_evidence_that_cannot_be_summarized_is_an_error_of_its_item_alone(project: Project) -> None:
+    project.write(
+        """
+        @decision("d", "It holds")
+        def test_it(served, monkeypatch):
+            monkeypatch.setattr("pytest_gpulab.figures.mean_queue_delay", lambda run: 1 / 0)
+            assert served(1).p50 <= 2.0
+
+        @decision("e", "It holds too")
+        def test_too(served):
+            assert served(1).p50 <= 2.0
+        """
+    ).run().assert_outcomes(failed=1, passed=1)
+    (error,) = project.record.errors
+    assert (error.nodeid, project.decision("d").verdict) == ("test_exp.py::test_it", "open")
+    assert "its evidence cannot be summarized: ZeroDivisionError: division by zero" in error.reason
+    assert project.decision("e").verdict == "supported"
+
+
+def test_a_drawing_that_fails_leaves_a_note_in_the_report(project: Project) -> None:
+    project.write(
+        """
+        @decision("d", "It holds")
+        def test_it(served, monkeypatch):
+            monkeypatch.setattr("pytest_gpulab.report.plots.latency_cdf", lambda *_, **__: 1 / 0)
+            assert served(1).p50 <= 2.0
+        """
+    ).run("--html=report.html", "--self-contained-html").assert_outcomes(passed=1)
+    assert project.decision().verdict == "supported"
+    assert "tables and plots could not be made: ZeroDivisionError" in (project.path / "report.html").read_text()
+
+
 def test_gate_in_a_helper_rejects(project: Project) -> None:
     project.write(
         """

@@ -144,6 +144,15 @@ def extras(
     return [html_extras.html(experiment(evidence or {}, statement, ledger.gates, runs, plots, colours))]
 
 
+def without_extras(crash: Exception) -> list[dict[str, Any]]:
+    """What stands in place of `extras` where they could not be made: a note that says why."""
+    from pytest_html import extras as html_extras
+
+    why = escape(f"{type(crash).__name__}: {crash}")
+    note = f'<p class="gpulab-problem">gpulab: tables and plots could not be made: {why}</p>'
+    return [html_extras.html(f'<section class="gpulab gpulab-experiment">{note}</section>')]
+
+
 def experiment(
     evidence: Mapping[str, Any],
     statement: str,
