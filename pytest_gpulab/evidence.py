@@ -216,7 +216,8 @@ class Decided(NamedTuple):
 class Claim(ABC):
     """Something that repeats can hold, refute or leave undecided. Its truth in an ``assert`` is a gate."""
 
-    _recorded: Gate | None = None
+    _reason = ""
+    """Of the gate it was last asked as."""
 
     @abstractmethod
     def decide(self, alternatives: int = 1) -> Decided:
@@ -238,7 +239,15 @@ class Claim(ABC):
         """The measurements that decide it."""
 
     def __repr__(self) -> str:
-        return f"<{self._recorded.reason}>" if self._recorded else f"<claim {self.text}>"
+        return f"<{self._reason}>" if self._reason else f"<claim {self.text}>"
+
+    def __eq__(self, other: object) -> NoReturn:
+        raise TypeError(
+            f"{self.text}: a claim is never equal to anything, it has a truth: write `assert claim` alone"
+        )
+
+    __ne__ = __eq__
+    __hash__ = object.__hash__
 
     def __bool__(self) -> bool:
         """False only when refuted. An undecided gate does not raise: the item ends as open instead.
@@ -249,19 +258,21 @@ class Claim(ABC):
         return self.gate("gate", place).outcome != "false"
 
     def gate(self, role: Role, place: Place, note: str = "") -> Gate:
-        """Decide and record this claim, once."""
-        if self._recorded is None:
-            self._recorded = self._make_gate(role, place, note)
-            ledger = current_ledger()
-            if ledger is not None:
-                ledger.record(self._recorded)
-        return self._recorded
-
-    def _make_gate(self, role: Role, place: Place, note: str) -> Gate:
-        decided = self.decide()
+        """Decide this claim, and record it in the item that asks: once in each role, however often it asks."""
         ledger = current_ledger()
-        if ledger is not None and ledger.unmet and decided.outcome != "undecided":
-            decided = decided._replace(outcome="undecided", reason=f"{ledger.unmet} ({decided.reason})")
+        if ledger is None:
+            return self._make_gate(role, place, note)
+        if (self, role) not in ledger.asked:
+            gate = self._make_gate(role, place, note, ledger.unmet)
+            ledger.record(gate)
+            ledger.asked[self, role] = gate
+        return ledger.asked[self, role]
+
+    def _make_gate(self, role: Role, place: Place, note: str, unmet: str = "") -> Gate:
+        decided = self.decide()
+        if unmet and decided.outcome != "undecided":
+            decided = decided._replace(outcome="undecided", reason=f"{unmet} ({decided.reason})")
+        self._reason = decided.reason
         return Gate(
             role=role,
             outcome=decided.outcome,

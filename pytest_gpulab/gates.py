@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
+    from pytest_gpulab.evidence import Claim
     from pytest_gpulab.knee import Knee
     from pytest_gpulab.measurement import Measurement
 
@@ -72,6 +73,8 @@ class Ledger:
     gates: list[Gate] = field(default_factory=list)
     measurements: list[Measurement] = field(default_factory=list)
     knees: list[Knee] = field(default_factory=list)
+    asked: dict[tuple[Claim, Role], Gate] = field(default_factory=dict)
+    """The gate that each claim has become here: a claim that two items share is a gate of both."""
     unmet: str = ""
     """The text of the first requirement that did not hold; later gates are undecided because of it."""
 

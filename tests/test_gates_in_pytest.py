@@ -65,6 +65,21 @@ VERDICTS = {
         {"failed": 1},
         "rejected",
     ),
+    "a claim that is a caveat and a gate": (
+        'assert served(1).p50 <= 2.0\nfast = coin.p50 <= 2.0\ncaveat(fast, "may be slow")\nassert fast',
+        {"xfailed": 1},
+        "partial",
+    ),
+    "a false claim that is a caveat and a gate": (
+        'fast = served(3).p50 <= 2.0\ncaveat(fast, "slow")\nassert fast',
+        {"failed": 1},
+        "rejected",
+    ),
+    "a claim that is required and a gate": (
+        'fast = served(1).p50 <= 2.0\nrequires(fast, "too slow to tell")\nassert fast',
+        {"passed": 1},
+        "supported",
+    ),
     "a gate in a loop": ("for n in (1, 3):\n    assert served(n).p50 <= 2.0", {"failed": 1}, "rejected"),
 }
 
@@ -111,6 +126,7 @@ ERRORS = {
         "try:\n    assert served(3).p50 <= 2.0\nexcept AssertionError:\n    blocked('no')",
         "a false gate did not end the test",
     ),
+    "a claim compared with a truth": ("assert (served(3).p50 <= 2.0) != False", "a claim is never equal"),
     "a gate under or": ("assert served(1).p50 <= 2.0 or True", "TypeError"),
     "pytest.xfail": ("assert served(1).p50 <= 2.0\npytest.xfail('known')", "xfail together with gates"),
 }
@@ -415,3 +431,26 @@ def test_measurement_of_a_shared_fixture_belongs_to_every_item(project: Project)
     for id in ("d", "e"):
         assert [run.label for run in project.decision(id).runs] == ["base"]
         assert project.decision(id).basis == "simulated"
+
+
+def test_claim_of_a_shared_fixture_is_a_gate_of_every_item(project: Project) -> None:
+    project.write(
+        """
+        from tests.known import WORKLOAD, arm
+
+        @pytest.fixture(scope="module")
+        def fast(measure):
+            return measure(WORKLOAD, arm(1), label="base").p50 <= 2.0
+
+        @decision("d", "It holds")
+        def test_it(fast):
+            assert fast
+
+        @decision("e", "It holds too")
+        def test_too(fast):
+            assert fast
+        """
+    ).run().assert_outcomes(passed=2)
+    for id in ("d", "e"):
+        assert [gate.outcome for gate in project.decision(id).gates] == ["held"]
+        assert [len(run.seeds) for run in project.decision(id).runs] == [6]
