@@ -17,7 +17,7 @@ from itertools import product
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from pytest_gpulab.definition import digest
-from pytest_gpulab.gates import Figure, Gate, Outcome, Role, TargetRefused, current_ledger
+from pytest_gpulab.gates import Figure, Gate, Outcome, Role, TargetRefused, ledger_of_gate
 from pytest_gpulab.rule import LOOKS, Result, Vote, decide, interval_ranks, looks_for
 from pytest_gpulab.source import Place, place_of_assert, place_of_call
 
@@ -259,7 +259,7 @@ class Claim(ABC):
 
     def gate(self, role: Role, place: Place, note: str = "") -> Gate:
         """Decide this claim, and record it in the item that asks: once in each role, however often it asks."""
-        ledger = current_ledger()
+        ledger = ledger_of_gate(f"{place.file}:{place.line}")
         if ledger is None:
             return self._make_gate(role, place, note)
         if (self, role) not in ledger.asked:

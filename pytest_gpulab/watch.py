@@ -132,6 +132,8 @@ class Watch:
 
     def _judge(self, ending: Ending) -> Judgement:
         judgement = judge(self.ledger.gates, ending, gate_needed=self.entry.decision is not None)
+        if judgement.verdict is not None and self.ledger.lost:
+            return Judgement(None, self.ledger.lost)
         basis = weakest(m.run(0).provenance.basis for m in self.ledger.measurements if _has_run(m))
         return demand(judgement, basis, options_of(self.item.config).require)
 
@@ -283,6 +285,7 @@ def _open_ledger() -> Ledger | None:
 def _ending_of(exception: BaseException | None) -> Ending:
     if exception is None:
         return Ending("passed")
+    exception = _assertion_in(exception) or exception
     text = str(exception)
     reason = f"{type(exception).__name__}: {text.splitlines()[0]}" if text else type(exception).__name__
     if isinstance(exception, pytest.skip.Exception):
@@ -297,6 +300,13 @@ def _ending_of(exception: BaseException | None) -> Ending:
     if trace is None:
         return Ending("asserted", reason)
     return Ending("asserted", reason, trace.tb_frame.f_code.co_filename, trace.tb_lineno)
+
+
+def _assertion_in(exception: BaseException) -> AssertionError | None:
+    """The AssertionError that alone makes up a group of exceptions, such as an asyncio.TaskGroup raises."""
+    while isinstance(exception, BaseExceptionGroup) and len(exception.exceptions) == 1:
+        (exception,) = exception.exceptions
+    return exception if isinstance(exception, AssertionError) else None
 
 
 def _has_run(measurement: Any) -> bool:

@@ -454,3 +454,53 @@ def test_claim_of_a_shared_fixture_is_a_gate_of_every_item(project: Project) -> 
     for id in ("d", "e"):
         assert [gate.outcome for gate in project.decision(id).gates] == ["held"]
         assert [len(run.seeds) for run in project.decision(id).runs] == [6]
+
+
+IN_THREADS = {
+    "pool": "with ThreadPoolExecutor() as pool:\n    list(pool.map(check, [served(1), coin]))",
+    "thread that dies alone": "thread = Thread(target=check, args=[served(1)])\nthread.start()\nthread.join()",
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("how", IN_THREADS.values(), ids=IN_THREADS)
+def test_gate_in_a_thread_without_the_tests_context_is_an_error(project: Project, how: str) -> None:
+    project.write(THREADED + one(f"assert served(1).p50 <= 2.0\n{how}")).run().assert_outcomes(failed=1)
+    assert project.decision().verdict == "open"
+    (error,) = project.record.errors
+    assert "test_exp.py:11: a gate must know its test" in error.reason
+    assert "contextvars.copy_context().run" in error.reason
+
+
+def test_gates_in_threads_with_the_tests_context_count(project: Project) -> None:
+    how = (
+        "with ThreadPoolExecutor() as pool:\n"
+        "    futures = [pool.submit(copy_context().run, check, m) for m in (served(1), coin)]\n"
+        "    assert len([future.result() for future in futures]) == 2"
+    )
+    project.write(THREADED + one(how)).run().assert_outcomes(xfailed=1)
+    assert sorted(gate.outcome for gate in project.decision().gates) == ["held", "undecided"]
+
+
+@pytest.mark.parametrize(("slow", "verdict"), [((1, 3), "rejected"), ((3, 3), "open")])
+def test_false_gate_in_a_task_group_rejects_when_it_alone_ended_it(
+    project: Project, slow: tuple[int, int], verdict: str
+) -> None:
+    body = (
+        f"async def ask():\n    async with TaskGroup() as group:\n        for n in {slow}:\n"
+        "            group.create_task(check_soon(served(n)))\nrun(ask())"
+    )
+    project.write(THREADED + one(body)).run().assert_outcomes(failed=1)
+    assert project.decision().verdict == verdict
+
+
+THREADED = """
+from asyncio import TaskGroup, run
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from threading import Thread
+def check(m):
+    assert m.p50 <= 2.0
+async def check_soon(m):
+    check(m)
+"""
