@@ -269,7 +269,7 @@ class Claim(ABC):
         return ledger.asked[self, role]
 
     def _make_gate(self, role: Role, place: Place, note: str, unmet: str = "") -> Gate:
-        decided = self.decide()
+        decided = self._decided_as(role)
         if unmet and decided.outcome != "undecided":
             decided = decided._replace(outcome="undecided", reason=f"{unmet} ({decided.reason})")
         self._reason = decided.reason
@@ -282,12 +282,21 @@ class Claim(ABC):
             left=decided.left,
             operator=decided.operator,
             right=decided.right,
-            runs=tuple(dict.fromkeys(source.id for source in self.sources)),
+            runs=tuple(dict.fromkeys(source.id for source in self.sources if source.pulled)),
             definition_hash=digest(self.definition),
             file=place.file,
             line=place.line,
             last_line=place.last_line,
         )
+
+    def _decided_as(self, role: Role) -> Decided:
+        """What the claim came to; a reservation that the target refuses stays one, and blocks nothing."""
+        try:
+            return self.decide()
+        except TargetRefused as refusal:
+            if role != "caveat":
+                raise
+            return _refused(self, refusal)
 
 
 class Comparison(Claim):
@@ -416,7 +425,10 @@ class Comparison(Claim):
 
 
 class AnyOf(Claim):
-    """Held when one of its claims holds at an error level split between them; false when all are."""
+    """Held when one of its claims holds at an error level split between them; false when all are.
+
+    An alternative that the target refuses is undecided; TargetRefused when it refuses all.
+    """
 
     def __init__(self, claims: tuple[Claim, ...]) -> None:
         if len(claims) < 2 or not all(isinstance(claim, Claim) for claim in claims):
@@ -436,13 +448,33 @@ class AnyOf(Claim):
         return tuple(source for claim in self.claims for source in claim.sources)
 
     def decide(self, alternatives: int = 1) -> Decided:
-        decided = [claim.decide(alternatives * len(self.claims)) for claim in self.claims]
+        decided, refused = self._each(alternatives * len(self.claims))
+        decided += refused
         for outcome in ("held", "undecided", "false"):
             chosen = [one for one in decided if one.outcome == outcome]
             if chosen:
                 reason = "; ".join(one.reason for one in (chosen if outcome == "held" else decided))
                 return chosen[0]._replace(reason=reason)
         raise AssertionError("unreachable: every claim has an outcome")
+
+    def _each(self, alternatives: int) -> tuple[list[Decided], list[Decided]]:
+        """What the claims came to: those that the target serves, and the others. TargetRefused without any."""
+        decided, refused, refusals = [], [], []
+        for claim in self.claims:
+            try:
+                decided.append(claim.decide(alternatives))
+            except TargetRefused as refusal:
+                refused.append(_refused(claim, refusal))
+                refusals.append(refusal)
+        if not decided:
+            raise refusals[0]
+        return decided, refused
+
+
+def _refused(claim: Claim, refusal: TargetRefused) -> Decided:
+    """A claim that the target gives no numbers for: undecided."""
+    nothing = Figure(label=claim.text, value=math.nan, low=math.nan, high=math.nan, n=0, unit="")
+    return Decided("undecided", f"{claim.text}: {refusal}", nothing, "", nothing)
 
 
 def any_of(*claims: Claim) -> AnyOf:
@@ -451,7 +483,10 @@ def any_of(*claims: Claim) -> AnyOf:
 
 
 def caveat(claim: Claim, text: str) -> None:
-    """Record `claim` as a reservation: false or undecided turns supported into caveated, it never fails."""
+    """Record `claim` as a reservation: false, undecided or refused by the target turns supported into caveated.
+
+    It never fails and never blocks.
+    """
     _require_claim(claim, "caveat")
     claim.gate("caveat", place_of_call(sys._getframe(1)), text)
 

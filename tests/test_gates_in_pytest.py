@@ -25,6 +25,11 @@ VERDICTS = {
         {"passed": 1},
         "caveated",
     ),
+    "caveated by one that the target refuses": (
+        'assert served(1).p50 <= 2.0\ncaveat(served(500).p95 <= 2.0, "may miss elsewhere")',
+        {"passed": 1},
+        "caveated",
+    ),
     "rejected": ("assert served(3).p50 <= 2.0", {"failed": 1}, "rejected"),
     "open": ("assert coin.p50 <= 2.0", {"xfailed": 1}, "open"),
     "partial": ("assert served(1).p50 <= 2.0\nassert coin.p50 <= 2.0", {"xfailed": 1}, "partial"),
@@ -56,6 +61,17 @@ VERDICTS = {
     "blocked": ('blocked("no capacity")', {"skipped": 1}, "blocked"),
     "blocked by the target": ("assert served(500).p50 <= 2.0", {"skipped": 1}, "blocked"),
     "any_of held": ("assert any_of(served(3).p50 <= 2.0, served(1).p50 <= 2.0)", {"passed": 1}, "supported"),
+    "any_of held beside a refused one": (
+        "assert any_of(served(500).p50 <= 2.0, served(1).p50 <= 2.0)",
+        {"passed": 1},
+        "supported",
+    ),
+    "any_of with only a refused one left": (
+        "assert any_of(served(3).p50 <= 2.0, served(500).p50 <= 2.0)",
+        {"xfailed": 1},
+        "open",
+    ),
+    "any_of refused": ("assert any_of(served(500).p50 <= 2.0, served(500).p95 <= 2.0)", {"skipped": 1}, "blocked"),
     "any_of false": ("assert any_of(served(3).p50 <= 2.0, served(4).p50 <= 2.0)", {"failed": 1}, "rejected"),
     "a chain": ("assert 0.5 <= served(1).p50 <= 2.0", {"passed": 1}, "supported"),
     "a false chain": ("assert 0.5 <= served(3).p50 <= 2.0", {"failed": 1}, "rejected"),
@@ -244,6 +260,15 @@ def test_blocked_in_a_fixture_blocks(project: Project) -> None:
     result.stdout.fnmatch_lines(["*blocked: no p6-b200 capacity*"])
     assert project.decision().verdict == "blocked"
     assert project.decision().reason == "no p6-b200 capacity"
+
+
+def test_refused_reservation_says_why_and_names_no_run(project: Project) -> None:
+    body = 'assert served(1).p50 <= 2.0\ncaveat(served(500).p95 <= 2.0, "may miss elsewhere")'
+    project.write(one(body)).run("--html=report.html", "--self-contained-html").assert_outcomes(passed=1)
+    found = project.decision()
+    assert found.reason == "may miss elsewhere: p95 e2e of 500 s <= 2 s: no such machine"
+    assert [run.label for run in found.runs] == ["1 s"]
+    assert {run for gate in found.gates for run in gate.runs} == {run.id for run in found.runs}
 
 
 def test_crash_in_a_fixture_is_an_error(project: Project) -> None:
