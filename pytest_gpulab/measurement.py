@@ -253,7 +253,7 @@ class Latency:
 
     @property
     def p50(self) -> Estimate:
-        """The median."""
+        """The median; needs 11 requests a run."""
         return self.percentile(50)
 
     @property
@@ -271,14 +271,22 @@ class Latency:
         """The 99th percentile; needs 662 requests a run."""
         return self.percentile(99)
 
-    def percentile(self, percent: int) -> Estimate:
-        """The nearest-rank percentile over all offered requests, undelivered ones infinite."""
+    def percentile(self, percent: float) -> Estimate:
+        """The nearest-rank percentile over all offered requests, undelivered ones infinite.
+
+        It needs the more requests a run the closer it is to 0 or 100. ValueError outside of that range.
+        """
+        if not 0 < percent < 100:
+            raise ValueError(
+                f"a percentile must be more than 0 and less than 100 (99.9 is one), got {percent}; for the share of "
+                "requests that were answered ask delivery_ratio"
+            )
         estimate = self.measurement.figure(
-            f"p{percent} {self.interval}",
+            f"p{percent:g} {self.interval}",
             "s",
             lambda run: figures.percentile(figures.latencies(run, self.interval), percent),
         )
-        estimate.sample_floor = figures.SAMPLE_FLOOR.get(percent, 1)
+        estimate.sample_floor = figures.sample_floor(percent)
         return estimate
 
 

@@ -12,6 +12,7 @@ import pytest
 from pytest_gpulab import any_of, caveat, requires
 from pytest_gpulab.evidence import Claim
 from pytest_gpulab.experiment import Profile
+from pytest_gpulab.figures import percentile, sample_floor
 from pytest_gpulab.gates import Ledger, collecting
 from pytest_gpulab.lab import Lab
 from pytest_gpulab.measurement import Measurement, summarize
@@ -266,6 +267,27 @@ def test_a_percentile_of_too_few_requests_is_undecided() -> None:
     assert (m.p95 <= 9.0).decide().outcome == "undecided"
     assert "needs 130 requests a run" in (m.p95 <= 9.0).decide().reason
     assert (m.e2e.p50 <= 9.0).decide().outcome == "held"
+
+
+@pytest.mark.parametrize(
+    ("percent", "floor"), [(5, 130), (50, 11), (90, 64), (94, 108), (95, 130), (98, 330), (99, 662), (99.9, 6636)]
+)
+def test_a_percentile_needs_two_requests_beyond_it(percent: float, floor: int) -> None:
+    assert sample_floor(percent) == floor
+    for requests, outcome in ((floor, "held"), (floor - 1, "undecided")):
+        m = measure(run=lambda _, seed, n=requests: known_run(1.0, seed=seed, requests=n))
+        assert (m.e2e.percentile(percent) <= 9.0).decide().outcome == outcome
+
+
+@pytest.mark.parametrize("percent", [-5, 0, 100, 101, math.nan])
+def test_a_percentile_lies_between_0_and_100(percent: float) -> None:
+    with pytest.raises(ValueError, match=r"must be more than 0 and less than 100 .*, got"):
+        measure().e2e.percentile(percent)
+
+
+@pytest.mark.parametrize(("percent", "rank"), [(55, 55), (7, 7), (99.5, 100), (0.1, 1)])
+def test_ranks_are_exact(percent: float, rank: int) -> None:
+    assert percentile(np.arange(1.0, 101.0), percent) == rank
 
 
 # --- claims ---------------------------------------------------------------------------------------------------
