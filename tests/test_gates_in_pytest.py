@@ -331,15 +331,18 @@ def test_weaker_evidence_than_required_leaves_the_question_open(project: Project
     body = one("assert served(1).p50 <= 2.0", mark='@decision("yes", "Yes")') + one(
         "assert served(3).p50 <= 2.0", mark='@decision("no", "No")'
     ).replace("test_it", "test_no")
-    project.write(body).run("--gpulab-require=measured").assert_outcomes(xfailed=2)
-    for id, otherwise in (("yes", "supported"), ("no", "rejected")):
+    half = one("assert served(1).p50 <= 2.0\nassert coin.p50 <= 2.0", mark='@decision("half", "Half")')
+    body += half.replace("test_it", "test_half")
+    project.write(body).run("--gpulab-require=measured").assert_outcomes(xfailed=3)
+    for id, otherwise in (("yes", "supported"), ("no", "rejected"), ("half", "partial")):
         assert project.decision(id).verdict == "open"
         assert project.decision(id).basis == "simulated"
         assert f"simulated evidence, measured is required; it would be {otherwise}" in project.decision(id).reason
     conftest = (project.path / "conftest.py").read_text().replace('BASIS = "simulated"', 'BASIS = "measured"')
     (project.path / "conftest.py").write_text(conftest)
-    project.run("--gpulab-require=measured").assert_outcomes(passed=1, failed=1)
+    project.run("--gpulab-require=measured").assert_outcomes(passed=1, failed=1, xfailed=1)
     assert project.decision("yes").verdict == "supported"
+    assert project.decision("half").verdict == "partial"
 
 
 def test_first_verdict_stands_under_reruns(project: Project) -> None:

@@ -99,7 +99,7 @@ def test_combine_needs_an_item() -> None:
         combine([])
 
 
-@pytest.mark.parametrize("verdict", ["supported", "caveated", "rejected"])
+@pytest.mark.parametrize("verdict", ["supported", "caveated", "partial", "rejected"])
 def test_demand(verdict) -> None:  # type: ignore[no-untyped-def]
     found = Judgement(verdict, "numbers")
     assert demand(found, "measured", "measured") == found
@@ -111,7 +111,7 @@ def test_demand(verdict) -> None:  # type: ignore[no-untyped-def]
         assert verdict in opened.reason
 
 
-@pytest.mark.parametrize("verdict", ["open", "partial", "blocked", None])
+@pytest.mark.parametrize("verdict", ["open", "blocked", None])
 def test_demand_changes_nothing_that_decides_nothing(verdict) -> None:  # type: ignore[no-untyped-def]
     assert demand(Judgement(verdict, ""), "simulated", "measured").verdict == verdict
 
