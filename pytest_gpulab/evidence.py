@@ -17,8 +17,8 @@ from itertools import product
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from pytest_gpulab.definition import digest
-from pytest_gpulab.gates import Figure, Gate, Outcome, Role, TargetRefused, ledger_of_gate
-from pytest_gpulab.rule import LOOKS, Result, Vote, decide, interval_ranks, looks_for
+from pytest_gpulab.gates import Figure, Gate, Role, TargetRefused, ledger_of_gate
+from pytest_gpulab.rule import LOOKS, Outcome, Result, Vote, decide, interval_ranks, looks_for
 from pytest_gpulab.source import Place, place_of_assert, place_of_call
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Estimate:
         return Comparison(self, ">=", other)
 
     def __mul__(self, factor: float) -> Estimate:
-        _require_number(factor, "*")
+        require_number("an estimate", "*", factor)
         return self._scaled(factor, f"{factor:g} x {self.label}")
 
     __rmul__ = __mul__
@@ -131,7 +131,7 @@ class Estimate:
     def __truediv__(self, other: Estimate | float) -> Estimate:
         if isinstance(other, Estimate):
             return _ratio(self, other)
-        _require_number(other, "/")
+        require_number("an estimate", "/", other)
         return self._scaled(1 / other, f"{self.label} / {other:g}")
 
     def __sub__(self, other: Estimate) -> Estimate:
@@ -187,9 +187,10 @@ def _end(extreme: Callable[[Iterable[float]], float], ends: Iterable[float], exa
     return exact if math.isclose(found, exact) else found
 
 
-def _require_number(value: object, sign: str) -> None:
+def require_number(side: str, sign: str, value: object) -> None:
+    """TypeError unless `value`, at the right of `sign`, is a plain number; `side` says what stands at the left."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"an estimate {sign} must be given a plain number, got {value!r}")
+        raise TypeError(f"{side} {sign} must be given a plain number, got {value!r}")
 
 
 def _require_same_unit(left: Estimate, sign: str, right: Estimate) -> None:
@@ -306,7 +307,7 @@ class Comparison(Claim):
         if isinstance(right, Estimate):
             _require_same_unit(left, operator, right)
         else:
-            _require_number(right, operator)
+            require_number("an estimate", operator, right)
         self.left, self.operator, self.right = left, operator, right
 
     @property
@@ -341,8 +342,7 @@ class Comparison(Claim):
         reason = f"{left.label} {figure_text(left)} against {figure_text(right)}: {why}"
         if self._own_errors and (left, right) != self._figures(result.repeats, EXACT):
             reason += f" (calibration error {max(self._own_errors.values()):.1%} included)"
-        delivery = isinstance(self.right, float) and self.left.label.startswith("delivery ratio")
-        if outcome == "held" and delivery and result.held == result.repeats and not deterministic:
+        if outcome == "held" and self._promises_delivery and result.held == result.repeats and not deterministic:
             reason += f"; up to {1 - 0.05 ** (1 / result.repeats):.0%} of runs could still fail"
         return Decided(outcome, reason, left, self.operator, right)
 
@@ -369,6 +369,12 @@ class Comparison(Claim):
         """Make the runs that a look needs together, so that the Lab can order them."""
         for lab in dict.fromkeys(source.lab for source in self.sources):
             lab.pull([source for source in self.sources if source.lab is lab], repeats)
+
+    @property
+    def _promises_delivery(self) -> bool:
+        """Whether it says that runs deliver: a few perfect repeats do not prove that all will."""
+        at_least = self.operator in (">", ">=") and not isinstance(self.right, Estimate)
+        return at_least and self.left.label.startswith("delivery ratio")
 
     @property
     def _simulated(self) -> bool:

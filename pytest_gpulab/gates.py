@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict
 
+from pytest_gpulab.rule import Outcome
+
 if TYPE_CHECKING:
     from pytest_gpulab.evidence import Claim
     from pytest_gpulab.knee import Knee
     from pytest_gpulab.measurement import Measurement
 
-Outcome = Literal["held", "false", "undecided"]
 Role = Literal["gate", "caveat", "requires"]
 
 

@@ -111,6 +111,21 @@ def test_compared_options_are_paired_repeat_by_repeat() -> None:
     assert (small.p50 > large.p50).decide().outcome == "false"
 
 
+@pytest.mark.parametrize(
+    ("claim", "said"),
+    [
+        (lambda m: m.delivery_ratio >= 1, True),
+        (lambda m: m.delivery_ratio > 0.999, True),
+        (lambda m: m.delivery_ratio <= 1.0, False),
+        (lambda m: m.delivery_ratio >= 0.9 * m.delivery_ratio, False),
+    ],
+)
+def test_a_promise_of_delivery_says_how_many_runs_could_still_fail(
+    claim: Callable[[Measurement], Claim], said: bool
+) -> None:
+    assert ("up to 39% of runs could still fail" in claim(measure()).decide().reason) is said
+
+
 def test_undecided_says_how_the_votes_fell() -> None:
     m = measure(run=lambda _, seed: known_run(1.0 + seed % 2, seed=seed))
     decided = (m.p50 <= 1.5).decide()

@@ -6,7 +6,8 @@ from itertools import permutations
 
 import pytest
 
-from pytest_gpulab.gates import Figure, Gate, Outcome, Role
+from pytest_gpulab.gates import Figure, Gate, Role
+from pytest_gpulab.rule import Outcome
 from pytest_gpulab.verdict import Ending, Judgement, combine, decides, demand, judge, weakest
 
 FIGURE = Figure(label="p95 e2e", value=1.0, low=1.0, high=1.0, n=1, unit="s")

@@ -13,11 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, get_args
 
-from pytest_gpulab.gates import Figure, Gate, Ledger, Outcome
+from pytest_gpulab.gates import Figure, Gate, Ledger
 from pytest_gpulab.record import Decision, RunSummary, Verdict
 from pytest_gpulab.report.arm import in_words
 from pytest_gpulab.report.canvas import colour, number
 from pytest_gpulab.report.style import CSS
+from pytest_gpulab.rule import Outcome
 
 _CELLS_AT = 1
 """Where the two columns go: after pytest's own result, in the header and in every row."""
