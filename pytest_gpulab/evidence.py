@@ -10,14 +10,15 @@ import math
 import operator as operators
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from pytest_gpulab.definition import digest
-from pytest_gpulab.gates import Figure, Gate, Outcome, Role, TargetRefused, current_ledger
-from pytest_gpulab.rule import LOOKS, Result, Vote, decide, interval_ranks, looks_for
+from pytest_gpulab.gates import Figure, Gate, Role, TargetRefused, ledger_of_gate
+from pytest_gpulab.rule import LOOKS, Outcome, Result, Vote, decide, interval_ranks, looks_for
 from pytest_gpulab.source import Place, place_of_assert, place_of_call
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">=": operators.ge,
 }
 
+Off = Mapping[str, float]
+"""Servers (calibrations), and how far the times of each are off: 0.05 is 5 % slower than simulated."""
+
+EXACT: Off = {}
+
 
 # --- estimates ----------------------------------------------------------------------------------------------
 
@@ -40,18 +46,16 @@ class Estimate:
 
     Attributes:
         sources: the measurements it is computed from.
-        value_of: repeat index (from 0) to value, in `unit`.
-        error: relative calibration error of absolute values, 0 when measured or when it cancels.
-        servers: calibrations (or real servers) behind it; errors of the same ones cancel in a comparison.
+        value_of: repeat index (from 0), and how far servers' times are off, to value in `unit`.
+        errors: the calibrations behind it, and by how much each may be off; none where it was measured or counted.
         sample_floor: requests that every run must offer for the value to mean anything.
     """
 
     label: str
     unit: str
     sources: tuple[Measurement, ...]
-    value_of: Callable[[int], float]
-    error: Callable[[], float]
-    servers: Callable[[], frozenset[str]]
+    value_of: Callable[[int, Off], float]
+    errors: Callable[[], Off]
     sample_floor: int = 1
 
     @property
@@ -69,21 +73,26 @@ class Estimate:
         """Upper end of the interval over the repeats pulled so far."""
         return self.figure().high
 
-    def figure(self, repeats: int | None = None, *, widened: float = 0.0) -> Figure:
-        """Median and matching order statistics over the first `repeats` repeats, ends widened by a relative error."""
+    def figure(self, repeats: int | None = None, *, errors: Off = EXACT) -> Figure:
+        """Median and matching order statistics over the first `repeats` repeats, the ends widened by `errors`."""
         count = repeats or max(1, *(source.pulled for source in self.sources))
-        values = sorted(self.value_of(repeat) for repeat in range(count))
         deterministic = len({_pair_key(self.sources, repeat) for repeat in range(count)}) == 1 < count
         lowest, highest = interval_ranks(count)
+        values = self._ordered(count, EXACT)
+        extremes = [self._ordered(count, off) for off in _extremes(errors)]
         return Figure(
             label=self.label,
             value=_median(values),
-            low=values[lowest] * (1 - widened),
-            high=values[highest] * (1 + widened),
+            low=_end(min, (ordered[lowest] for ordered in extremes), values[lowest]),
+            high=_end(max, (ordered[highest] for ordered in extremes), values[highest]),
             n=1 if deterministic else count,
             unit=self.unit,
             deterministic=deterministic,
         )
+
+    def _ordered(self, count: int, off: Off) -> list[float]:
+        """The values of so many repeats, lowest first; those that nobody knows (NaN) last."""
+        return sorted((self.value_of(repeat, off) for repeat in range(count)), key=lambda v: (math.isnan(v), v))
 
     def __repr__(self) -> str:
         if any(source.pulled == 0 for source in self.sources):
@@ -114,7 +123,7 @@ class Estimate:
         return Comparison(self, ">=", other)
 
     def __mul__(self, factor: float) -> Estimate:
-        _require_number(factor, "*")
+        require_number("an estimate", "*", factor)
         return self._scaled(factor, f"{factor:g} x {self.label}")
 
     __rmul__ = __mul__
@@ -122,7 +131,7 @@ class Estimate:
     def __truediv__(self, other: Estimate | float) -> Estimate:
         if isinstance(other, Estimate):
             return _ratio(self, other)
-        _require_number(other, "/")
+        require_number("an estimate", "/", other)
         return self._scaled(1 / other, f"{self.label} / {other:g}")
 
     def __sub__(self, other: Estimate) -> Estimate:
@@ -130,27 +139,19 @@ class Estimate:
 
     def _scaled(self, factor: float, label: str) -> Estimate:
         value_of = self.value_of
-        return Estimate(
-            label,
-            self.unit,
-            self.sources,
-            lambda i: factor * value_of(i),
-            self.error,
-            self.servers,
-            self.sample_floor,
-        )
+        return replace(self, label=label, value_of=lambda repeat, off: factor * value_of(repeat, off))
 
 
 def _ratio(top: Estimate, bottom: Estimate) -> Estimate:
-    def value_of(repeat: int) -> float:
-        below = bottom.value_of(repeat)
-        return top.value_of(repeat) / below if below else math.inf
-
-    def error() -> float:
-        return 0.0 if top.servers() == bottom.servers() else top.error() + bottom.error()
-
     unit = "ratio" if top.unit == bottom.unit else f"{top.unit} / {bottom.unit}"
-    return _combined(f"({top.label} / {bottom.label})", unit, top, bottom, value_of, error)
+    return _combined(f"({top.label} / {bottom.label})", unit, top, bottom, _quotient)
+
+
+def _quotient(above: float, below: float) -> float:
+    """`above` / `below`; infinite over 0, and unknown (NaN) where 0 stands over 0."""
+    if below:
+        return above / below
+    return math.copysign(math.inf, above) if above and not math.isnan(above) else math.nan
 
 
 def _difference(left: Estimate, right: Estimate) -> Estimate:
@@ -159,42 +160,37 @@ def _difference(left: Estimate, right: Estimate) -> Estimate:
             f"{left.label} - {right!r}: subtract an estimate of the same unit; put numbers on the other side"
         )
     _require_same_unit(left, "-", right)
-
-    def error() -> float:
-        return max(left.error(), right.error())
-
-    return _combined(
-        f"({left.label} - {right.label})",
-        left.unit,
-        left,
-        right,
-        lambda repeat: left.value_of(repeat) - right.value_of(repeat),
-        error,
-    )
+    return _combined(f"({left.label} - {right.label})", left.unit, left, right, operators.sub)
 
 
 def _combined(
-    label: str,
-    unit: str,
-    left: Estimate,
-    right: Estimate,
-    value_of: Callable[[int], float],
-    error: Callable[[], float],
+    label: str, unit: str, left: Estimate, right: Estimate, combine: Callable[[float, float], float]
 ) -> Estimate:
     return Estimate(
         label,
         unit,
         left.sources + right.sources,
-        value_of,
-        error,
-        lambda: left.servers() | right.servers(),
+        lambda repeat, off: combine(left.value_of(repeat, off), right.value_of(repeat, off)),
+        lambda: {**left.errors(), **right.errors()},
         max(left.sample_floor, right.sample_floor),
     )
 
 
-def _require_number(value: object, sign: str) -> None:
+def _extremes(errors: Off) -> list[Off]:
+    """Every way in which all calibrations are off by as much as they may be."""
+    return [dict(zip(errors, ends, strict=True)) for ends in product(*((-e, e) for e in errors.values()))]
+
+
+def _end(extreme: Callable[[Iterable[float]], float], ends: Iterable[float], exact: float) -> float:
+    """The extreme one of `ends`; `exact` where they differ from it by rounding only, because errors cancel."""
+    found = extreme(ends)
+    return exact if math.isclose(found, exact) else found
+
+
+def require_number(side: str, sign: str, value: object) -> None:
+    """TypeError unless `value`, at the right of `sign`, is a plain number; `side` says what stands at the left."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"an estimate {sign} must be given a plain number, got {value!r}")
+        raise TypeError(f"{side} {sign} must be given a plain number, got {value!r}")
 
 
 def _require_same_unit(left: Estimate, sign: str, right: Estimate) -> None:
@@ -221,7 +217,8 @@ class Decided(NamedTuple):
 class Claim(ABC):
     """Something that repeats can hold, refute or leave undecided. Its truth in an ``assert`` is a gate."""
 
-    _recorded: Gate | None = None
+    _reason = ""
+    """Of the gate it was last asked as."""
 
     @abstractmethod
     def decide(self, alternatives: int = 1) -> Decided:
@@ -243,7 +240,15 @@ class Claim(ABC):
         """The measurements that decide it."""
 
     def __repr__(self) -> str:
-        return f"<{self._recorded.reason}>" if self._recorded else f"<claim {self.text}>"
+        return f"<{self._reason}>" if self._reason else f"<claim {self.text}>"
+
+    def __eq__(self, other: object) -> NoReturn:
+        raise TypeError(
+            f"{self.text}: a claim is never equal to anything, it has a truth: write `assert claim` alone"
+        )
+
+    __ne__ = __eq__
+    __hash__ = object.__hash__
 
     def __bool__(self) -> bool:
         """False only when refuted. An undecided gate does not raise: the item ends as open instead.
@@ -254,19 +259,21 @@ class Claim(ABC):
         return self.gate("gate", place).outcome != "false"
 
     def gate(self, role: Role, place: Place, note: str = "") -> Gate:
-        """Decide and record this claim, once."""
-        if self._recorded is None:
-            self._recorded = self._make_gate(role, place, note)
-            ledger = current_ledger()
-            if ledger is not None:
-                ledger.record(self._recorded)
-        return self._recorded
+        """Decide this claim, and record it in the item that asks: once in each role, however often it asks."""
+        ledger = ledger_of_gate(f"{place.file}:{place.line}")
+        if ledger is None:
+            return self._make_gate(role, place, note)
+        if (self, role) not in ledger.asked:
+            gate = self._make_gate(role, place, note, ledger.unmet)
+            ledger.record(gate)
+            ledger.asked[self, role] = gate
+        return ledger.asked[self, role]
 
-    def _make_gate(self, role: Role, place: Place, note: str) -> Gate:
-        decided = self.decide()
-        ledger = current_ledger()
-        if ledger is not None and ledger.unmet and decided.outcome != "undecided":
-            decided = decided._replace(outcome="undecided", reason=f"{ledger.unmet} ({decided.reason})")
+    def _make_gate(self, role: Role, place: Place, note: str, unmet: str = "") -> Gate:
+        decided = self._decided_as(role)
+        if unmet and decided.outcome != "undecided":
+            decided = decided._replace(outcome="undecided", reason=f"{unmet} ({decided.reason})")
+        self._reason = decided.reason
         return Gate(
             role=role,
             outcome=decided.outcome,
@@ -276,12 +283,21 @@ class Claim(ABC):
             left=decided.left,
             operator=decided.operator,
             right=decided.right,
-            runs=tuple(dict.fromkeys(source.id for source in self.sources)),
+            runs=tuple(dict.fromkeys(source.id for source in self.sources if source.pulled)),
             definition_hash=digest(self.definition),
             file=place.file,
             line=place.line,
             last_line=place.last_line,
         )
+
+    def _decided_as(self, role: Role) -> Decided:
+        """What the claim came to; a reservation that the target refuses stays one, and blocks nothing."""
+        try:
+            return self.decide()
+        except TargetRefused as refusal:
+            if role != "caveat":
+                raise
+            return _refused(self, refusal)
 
 
 class Comparison(Claim):
@@ -291,7 +307,7 @@ class Comparison(Claim):
         if isinstance(right, Estimate):
             _require_same_unit(left, operator, right)
         else:
-            _require_number(right, operator)
+            require_number("an estimate", operator, right)
         self.left, self.operator, self.right = left, operator, right
 
     @property
@@ -322,14 +338,11 @@ class Comparison(Claim):
         invalid = self._invalid(result.repeats)
         if invalid:
             outcome, why = "undecided", invalid
-        left_error, right_error = self._errors
-        left = self.left.figure(result.repeats, widened=left_error)
-        right = self._right_figure(result.repeats, right_error)
+        left, right = self._figures(result.repeats, self._own_errors)
         reason = f"{left.label} {figure_text(left)} against {figure_text(right)}: {why}"
-        if left_error or right_error:
-            reason += f" (calibration error {max(left_error, right_error):.1%} included)"
-        delivery = isinstance(self.right, float) and self.left.label.startswith("delivery ratio")
-        if outcome == "held" and delivery and result.held == result.repeats and not deterministic:
+        if self._own_errors and (left, right) != self._figures(result.repeats, EXACT):
+            reason += f" (calibration error {max(self._own_errors.values()):.1%} included)"
+        if outcome == "held" and self._promises_delivery and result.held == result.repeats and not deterministic:
             reason += f"; up to {1 - 0.05 ** (1 / result.repeats):.0%} of runs could still fail"
         return Decided(outcome, reason, left, self.operator, right)
 
@@ -358,31 +371,43 @@ class Comparison(Claim):
             lab.pull([source for source in self.sources if source.lab is lab], repeats)
 
     @property
+    def _promises_delivery(self) -> bool:
+        """Whether it says that runs deliver: a few perfect repeats do not prove that all will."""
+        at_least = self.operator in (">", ">=") and not isinstance(self.right, Estimate)
+        return at_least and self.left.label.startswith("delivery ratio")
+
+    @property
     def _simulated(self) -> bool:
         return all(source.run(0).provenance.basis == "simulated" for source in self.sources)
 
     @cached_property
-    def _errors(self) -> tuple[float, float]:
-        """Relative error of each side; errors of one calibration cancel between two of its arms."""
-        if not isinstance(self.right, Estimate):
-            return self.left.error(), 0.0
-        if self.left.servers() == self.right.servers():
-            return 0.0, 0.0
-        return self.left.error(), self.right.error()
+    def _errors(self) -> Off:
+        """The calibrations behind both sides, and by how much each may be off."""
+        return {**self.left.errors(), **(self.right.errors() if isinstance(self.right, Estimate) else {})}
+
+    @cached_property
+    def _own_errors(self) -> Off:
+        """`_errors` that move the sides apart: those of one calibration are common to two of its arms."""
+        common = isinstance(self.right, Estimate) and self.left.errors() == self.right.errors()
+        return {} if common else self._errors
 
     def _vote(self, repeat: int) -> Vote:
-        """1 when the claim holds at both ends of the calibration's error, -1 when it fails at both."""
-        left = self.left.value_of(repeat)
-        right = self.right.value_of(repeat) if isinstance(self.right, Estimate) else self.right
-        left_error, right_error = self._errors
-        if math.isnan(left) or math.isnan(right) or (math.isinf(left) and math.isinf(right)):
-            return 0  # two undelivered percentiles say nothing of one another
-        compare = _COMPARE[self.operator]
-        ends = [
-            compare(left * (1 - left_error), right * (1 + right_error)),
-            compare(left * (1 + left_error), right * (1 - right_error)),
-        ]
-        return 1 if all(ends) else -1 if not any(ends) else 0
+        """1 when the claim holds however far the calibrations are off, -1 when it never does."""
+        answers = {self._holds(repeat, off) for off in _extremes(self._errors)}
+        return 1 if answers == {True} else -1 if answers == {False} else 0
+
+    def _holds(self, repeat: int, off: Off) -> bool | None:
+        """Whether the claim holds in `repeat`; None where nobody knows."""
+        left = self.left.value_of(repeat, off)
+        if isinstance(self.right, Estimate):
+            right = self.right.value_of(repeat, off)
+            if math.isinf(left) and math.isinf(right):
+                return None  # two undelivered percentiles say nothing of one another
+        else:
+            right = self.right
+        if math.isnan(left) or math.isnan(right):
+            return None
+        return _COMPARE[self.operator](left, right)
 
     def _invalid(self, repeats: int) -> str:
         """Why the evidence cannot decide, or nothing."""
@@ -393,18 +418,23 @@ class Comparison(Claim):
                 if run.problems:
                     return f"invalid evidence (seed {run.provenance.seed}): {'; '.join(run.problems)}"
                 if len(run.requests) < floor:
-                    return f"this percentile needs {floor} requests a run, {source.label} offered {len(run.requests)}"
+                    return f"this figure needs {floor} requests a run, {source.label} offered {len(run.requests)}"
         return ""
 
-    def _right_figure(self, repeats: int, widened: float) -> Figure:
+    def _figures(self, repeats: int, errors: Off) -> tuple[Figure, Figure]:
+        """Both sides over the first `repeats` repeats, their ends widened by `errors`."""
+        left = self.left.figure(repeats, errors=errors)
         if isinstance(self.right, Estimate):
-            return self.right.figure(repeats, widened=widened)
+            return left, self.right.figure(repeats, errors=errors)
         value = float(self.right)
-        return Figure(label="constant", value=value, low=value, high=value, n=0, unit=self.left.unit)
+        return left, Figure(label="constant", value=value, low=value, high=value, n=0, unit=self.left.unit)
 
 
 class AnyOf(Claim):
-    """Held when one of its claims holds at an error level split between them; false when all are."""
+    """Held when one of its claims holds at an error level split between them; false when all are.
+
+    An alternative that the target refuses is undecided; TargetRefused when it refuses all.
+    """
 
     def __init__(self, claims: tuple[Claim, ...]) -> None:
         if len(claims) < 2 or not all(isinstance(claim, Claim) for claim in claims):
@@ -424,13 +454,33 @@ class AnyOf(Claim):
         return tuple(source for claim in self.claims for source in claim.sources)
 
     def decide(self, alternatives: int = 1) -> Decided:
-        decided = [claim.decide(alternatives * len(self.claims)) for claim in self.claims]
+        decided, refused = self._each(alternatives * len(self.claims))
+        decided += refused
         for outcome in ("held", "undecided", "false"):
             chosen = [one for one in decided if one.outcome == outcome]
             if chosen:
                 reason = "; ".join(one.reason for one in (chosen if outcome == "held" else decided))
                 return chosen[0]._replace(reason=reason)
         raise AssertionError("unreachable: every claim has an outcome")
+
+    def _each(self, alternatives: int) -> tuple[list[Decided], list[Decided]]:
+        """What the claims came to: those that the target serves, and the others. TargetRefused without any."""
+        decided, refused, refusals = [], [], []
+        for claim in self.claims:
+            try:
+                decided.append(claim.decide(alternatives))
+            except TargetRefused as refusal:
+                refused.append(_refused(claim, refusal))
+                refusals.append(refusal)
+        if not decided:
+            raise refusals[0]
+        return decided, refused
+
+
+def _refused(claim: Claim, refusal: TargetRefused) -> Decided:
+    """A claim that the target gives no numbers for: undecided."""
+    nothing = Figure(label=claim.text, value=math.nan, low=math.nan, high=math.nan, n=0, unit="")
+    return Decided("undecided", f"{claim.text}: {refusal}", nothing, "", nothing)
 
 
 def any_of(*claims: Claim) -> AnyOf:
@@ -439,7 +489,10 @@ def any_of(*claims: Claim) -> AnyOf:
 
 
 def caveat(claim: Claim, text: str) -> None:
-    """Record `claim` as a reservation: false or undecided turns supported into caveated, it never fails."""
+    """Record `claim` as a reservation: false, undecided or refused by the target turns supported into caveated.
+
+    It never fails and never blocks.
+    """
     _require_claim(claim, "caveat")
     claim.gate("caveat", place_of_call(sys._getframe(1)), text)
 
@@ -490,9 +543,9 @@ def number_text(value: float, unit: str) -> str:
 
 
 def figure_text(figure: Figure) -> str:
-    """``1.93 s [1.71, 2.20]``; a constant or a single run has no interval."""
+    """``1.93 s [1.71, 2.20]``; a constant, a single run and what nobody knows (NaN) have no interval."""
     text = number_text(figure.value, figure.unit)
-    if figure.low == figure.high:
+    if figure.low == figure.high or math.isnan(figure.value):
         return text
     low, high = (
         number_text(end, "ratio" if figure.unit == "ratio" else "").strip() for end in (figure.low, figure.high)

@@ -7,6 +7,8 @@ describe this workload, not a stationary state.
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from functools import cache
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -18,9 +20,19 @@ from pytest_gpulab.timeline import Stage, cold_start, counts
 
 Interval = Literal["e2e", "ttft", "tpot", "service"]
 
-SAMPLE_FLOOR = {90: 64, 95: 130, 99: 662}
-"""Requests a run must offer before a high percentile of it means anything: below, a distribution-free interval
-of the percentile has no finite upper end worth the name."""
+
+@cache
+def sample_floor(percent: float) -> int:
+    """Requests a run must offer before a percentile of it means anything: 130 for p95, 662 for p99.
+
+    So many that at least two lie beyond the percentile, on its rarer side, with 99 % probability: with fewer, a
+    distribution-free interval of the percentile has no finite end worth the name.
+    """
+    common = max(percent, 100 - percent) / 100
+    requests = 2
+    while common**requests + requests * (1 - common) * common ** (requests - 1) > 0.01:
+        requests += 1
+    return requests
 
 
 def latencies(run: Run, interval: Interval) -> NDArray[np.float64]:
@@ -48,10 +60,11 @@ def _seconds(table: NDArray[Any], interval: Interval) -> NDArray[np.float64]:
 
 
 def percentile(values: NDArray[np.float64], percent: float) -> float:
-    """The nearest-rank percentile: the smallest value that `percent` % of all values do not exceed."""
+    """The nearest-rank percentile: the smallest value that `percent` % of all values do not exceed; NaN of none."""
     if not len(values):
-        raise ValueError("a percentile needs at least one request, the run offered none; raise the rate or duration")
-    rank = max(int(np.ceil(percent / 100 * len(values))) - 1, 0)
+        return math.nan
+    exact = Fraction(str(float(percent)))  # 0.55 * 100 is more than 55 in floating point
+    rank = max(math.ceil(exact * len(values) / 100) - 1, 0)
     return float(np.partition(values, rank)[rank])
 
 

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict
 
+from pytest_gpulab.rule import Outcome
+
 if TYPE_CHECKING:
+    from pytest_gpulab.evidence import Claim
     from pytest_gpulab.knee import Knee
     from pytest_gpulab.measurement import Measurement
 
-Outcome = Literal["held", "false", "undecided"]
 Role = Literal["gate", "caveat", "requires"]
 
 
@@ -72,6 +74,10 @@ class Ledger:
     gates: list[Gate] = field(default_factory=list)
     measurements: list[Measurement] = field(default_factory=list)
     knees: list[Knee] = field(default_factory=list)
+    asked: dict[tuple[Claim, Role], Gate] = field(default_factory=dict)
+    """The gate that each claim has become here: a claim that two items share is a gate of both."""
+    lost: str = ""
+    """Why a gate was asked that could not be recorded: the item then says nothing."""
     unmet: str = ""
     """The text of the first requirement that did not hold; later gates are undecided because of it."""
 
@@ -89,19 +95,41 @@ class Ledger:
 
 _ledger: ContextVar[Ledger | None] = ContextVar("gpulab_ledger", default=None)
 
+_open: list[Ledger] = []
+"""The ledgers that collect in this process, the innermost last: a thread sees them, though it inherits no context."""
+
 
 def current_ledger() -> Ledger | None:
     """The ledger of the test item that runs now; None outside pytest."""
     return _ledger.get()
 
 
+def ledger_of_gate(where: str) -> Ledger | None:
+    """The ledger for a gate that is asked at `where`; None outside pytest.
+
+    RuntimeError where the item cannot be told: in a thread that did not inherit it, or that outlived it.
+    """
+    ledger = _ledger.get()
+    if (ledger is None and not _open) or any(ledger is one for one in _open):
+        return ledger
+    lost = (
+        f"{where}: a gate must know its test, got one in a thread without the test's context; ask it in the test, or "
+        "give each call a context: `pool.submit(contextvars.copy_context().run, function, ...)`"
+    )
+    if _open:
+        _open[-1].lost = lost
+    raise RuntimeError(lost)
+
+
 @contextmanager
 def collecting(ledger: Ledger) -> Iterator[Ledger]:
     """Gates decided inside are recorded in `ledger`."""
     token = _ledger.set(ledger)
+    _open.append(ledger)
     try:
         yield ledger
     finally:
+        _open.pop()
         _ledger.reset(token)
 
 

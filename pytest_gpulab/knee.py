@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from pytest_gpulab.evidence import Claim, Decided, figure_text, number_text
-from pytest_gpulab.gates import Figure, Outcome, TargetRefused, current_ledger
+from pytest_gpulab.evidence import Claim, Decided, figure_text, number_text, require_number
+from pytest_gpulab.gates import Figure, TargetRefused, current_ledger
 from pytest_gpulab.measurement import Measurement
+from pytest_gpulab.rule import Outcome
 
 UNIT = "requests/s"
 
@@ -57,6 +58,7 @@ class Knee:
         )
 
     def __rmul__(self, factor: float) -> Knee:
+        require_number("a knee", "*", factor)
         return replace(self, scale=self.scale * factor)
 
     __mul__ = __rmul__
@@ -74,6 +76,8 @@ class KneeClaim(Claim):
     """A bracket against a rate or against another bracket."""
 
     def __init__(self, left: Knee, operator: str, right: Knee | float) -> None:
+        if not isinstance(right, Knee):
+            require_number("a knee (in requests/s, against another knee or a rate)", operator, right)
         self.left, self.operator, self.right = left, operator, right
 
     @property

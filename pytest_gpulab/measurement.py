@@ -6,12 +6,12 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_gpulab import figures
 from pytest_gpulab.definition import Definition
 from pytest_gpulab.errors import unknown_name
-from pytest_gpulab.evidence import Estimate
+from pytest_gpulab.evidence import EXACT, Estimate, Off
 from pytest_gpulab.experiment import Direct, Profile, Workload
 from pytest_gpulab.gates import Ledger
 from pytest_gpulab.record import RunSummary
@@ -99,17 +99,17 @@ class Measurement:
     @property
     def delivery_ratio(self) -> Estimate:
         """Requests answered in full / requests offered."""
-        return self.figure("delivery ratio", "ratio", figures.delivery_ratio, timed=False)
+        return self.figure("delivery ratio", "ratio", figures.delivery_ratio, by_time=0)
 
     @property
     def request_rate(self) -> Estimate:
         """Delivered requests/s."""
-        return self.figure("request rate", "requests/s", figures.request_rate)
+        return self.figure("request rate", "requests/s", figures.request_rate, by_time=-1)
 
     @property
     def output_tokens_per_s(self) -> Estimate:
         """Delivered output tokens/s."""
-        return self.figure("output rate", "tokens/s", figures.output_tokens_per_s)
+        return self.figure("output rate", "tokens/s", figures.output_tokens_per_s, by_time=-1)
 
     @property
     def queue_delay(self) -> Estimate:
@@ -135,7 +135,7 @@ class Measurement:
     def preemptions(self) -> Estimate:
         """How often the server preempted a request."""
         return self.figure(
-            "preemptions", "requests", lambda run: run.totals.get("num_preemptions_total", math.nan), timed=False
+            "preemptions", "requests", lambda run: run.totals.get("num_preemptions_total", math.nan), by_time=0
         )
 
     def goodput(
@@ -147,6 +147,7 @@ class Measurement:
             f"goodput ({_slo_text(slo)})",
             "requests/s",
             lambda run: figures.per_second(run, figures.useful_requests(run, slo)),
+            by_time=-1,
         )
 
     def cost_per_useful_request(
@@ -178,19 +179,19 @@ class Measurement:
     @property
     def gpu_utilization(self) -> Estimate:
         """Share of the billed accelerator time in which a request ran."""
-        return self.figure("GPU utilization", "ratio", figures.gpu_utilization, timed=False)
+        return self.figure("GPU utilization", "ratio", figures.gpu_utilization, by_time=0)
 
     @property
     def peak_replicas(self) -> Estimate:
         """The most replicas that were Ready together."""
         self._require_fleet("peak_replicas")
-        return self.figure("peak replicas", "replicas", figures.peak_replicas, timed=False)
+        return self.figure("peak replicas", "replicas", figures.peak_replicas, by_time=0)
 
     @property
     def downtime(self) -> Estimate:
         """Seconds of the run in which no replica was Ready."""
         self._require_fleet("downtime")
-        return self.figure("time without a replica", "s", figures.seconds_without_replica, timed=False)
+        return self.figure("time without a replica", "s", figures.seconds_without_replica, by_time=0)
 
     def replicas_ready(self, replicas: int) -> Estimate:
         """Seconds after the run's start at which so many replicas were first Ready together; inf: never."""
@@ -198,14 +199,14 @@ class Measurement:
         if replicas < 1:
             raise ValueError(f"replicas_ready must be asked for 1 replica or more, got {replicas}")
         label = "first replica ready" if replicas == 1 else f"{replicas} replicas ready"
-        return self.figure(label, "s", lambda run: figures.replicas_ready(run, replicas), timed=False)
+        return self.figure(label, "s", lambda run: figures.replicas_ready(run, replicas), by_time=0)
 
     def reached(self, stage: Stage) -> Estimate:
         """Seconds after the run's start at which its first cold start had reached `stage`; inf: never."""
         self._require_fleet("reached")
         if stage not in STAGES:
             raise ValueError(unknown_name("stage of a cold start", stage, STAGES))
-        return self.figure(f"{stage} reached", "s", lambda run: figures.reached(run, stage), timed=False)
+        return self.figure(f"{stage} reached", "s", lambda run: figures.reached(run, stage), by_time=0)
 
     def _require_fleet(self, figure: str) -> None:
         if self.profile.fleet is None:
@@ -215,23 +216,32 @@ class Measurement:
             )
 
     def _gauge(self, gauge: str, label: str, unit: str) -> Estimate:
-        return self.figure(label, unit, lambda run: figures.highest(run, gauge), timed=False)
+        return self.figure(label, unit, lambda run: figures.highest(run, gauge), by_time=0)
 
-    def figure(self, label: str, unit: str, of_run: Callable[[Run], float], *, timed: bool = True) -> Estimate:
+    def figure(
+        self, label: str, unit: str, of_run: Callable[[Run], float], *, by_time: Literal[1, 0, -1] = 1
+    ) -> Estimate:
+        """`of_run` as an Estimate in `unit`.
+
+        `by_time` says how it goes with the server's times: 1 grows with them (latencies, costs), -1 shrinks (rates),
+        0 is a count that does not depend on how far a calibration is off.
+        """
         return Estimate(
             label=f"{label} of {self.label}",
             unit=unit,
             sources=(self,),
-            value_of=lambda repeat: of_run(self.run(repeat)),
-            error=self._relative_error if timed else lambda: 0.0,
-            servers=self._servers,
+            value_of=lambda repeat, off: of_run(self.run(repeat)) * (1 + by_time * off.get(self._server, 0.0)),
+            errors=lambda: self._errors if by_time else EXACT,
         )
 
-    def _relative_error(self) -> float:
-        return self.run(0).provenance.relative_error
+    @property
+    def _server(self) -> str:
+        return self.run(0).provenance.server
 
-    def _servers(self) -> frozenset[str]:
-        return frozenset({self.run(0).provenance.server})
+    @property
+    def _errors(self) -> Off:
+        error = self.run(0).provenance.relative_error
+        return {self._server: error} if error else EXACT
 
 
 @dataclass(frozen=True)
@@ -243,7 +253,7 @@ class Latency:
 
     @property
     def p50(self) -> Estimate:
-        """The median."""
+        """The median; needs 11 requests a run."""
         return self.percentile(50)
 
     @property
@@ -261,14 +271,22 @@ class Latency:
         """The 99th percentile; needs 662 requests a run."""
         return self.percentile(99)
 
-    def percentile(self, percent: int) -> Estimate:
-        """The nearest-rank percentile over all offered requests, undelivered ones infinite."""
+    def percentile(self, percent: float) -> Estimate:
+        """The nearest-rank percentile over all offered requests, undelivered ones infinite.
+
+        It needs the more requests a run the closer it is to 0 or 100. ValueError outside of that range.
+        """
+        if not 0 < percent < 100:
+            raise ValueError(
+                f"a percentile must be more than 0 and less than 100 (99.9 is one), got {percent}; for the share of "
+                "requests that were answered ask delivery_ratio"
+            )
         estimate = self.measurement.figure(
-            f"p{percent} {self.interval}",
+            f"p{percent:g} {self.interval}",
             "s",
             lambda run: figures.percentile(figures.latencies(run, self.interval), percent),
         )
-        estimate.sample_floor = figures.SAMPLE_FLOOR.get(percent, 1)
+        estimate.sample_floor = figures.sample_floor(percent)
         return estimate
 
 

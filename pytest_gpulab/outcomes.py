@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Outcome:
+class Reported:
     """What one item has reported so far, over all its attempts."""
 
     evidence: Mapping[str, Any] | None = None
@@ -51,7 +51,7 @@ class Setting:
 
 def compose(
     catalog: Mapping[str, Entry],
-    outcomes: Mapping[str, Outcome],
+    outcomes: Mapping[str, Reported],
     collection_errors: Mapping[str, str],
     setting: Setting,
     session: SessionInfo,
@@ -61,7 +61,7 @@ def compose(
     missing: list[Problem] = []
     items: dict[str, tuple[Item, Mapping[str, Any]]] = {}
     for nodeid, entry in catalog.items():
-        outcome = outcomes.get(nodeid, Outcome())
+        outcome = outcomes.get(nodeid, Reported())
         item, bucket = _item(nodeid, entry, outcome)
         if bucket is not None:
             problem = Problem(nodeid=nodeid, decision=entry.decision, reason=item.reason)
@@ -89,7 +89,7 @@ def compose(
     )
 
 
-def _item(nodeid: str, entry: Entry, outcome: Outcome) -> tuple[Item, str | None]:
+def _item(nodeid: str, entry: Entry, outcome: Reported) -> tuple[Item, str | None]:
     """The item, and the list that must name it: errors, missing, or none."""
     shown = outcome.evidence or {}
     verdict, reason, bucket = shown.get("verdict"), str(shown.get("reason", "")), None

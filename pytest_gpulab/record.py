@@ -128,11 +128,6 @@ class Record(_Part):
     missing: tuple[Problem, ...]
     """Items that were collected and gave no verdict without crashing: never run, or skipped."""
 
-    @property
-    def is_empty(self) -> bool:
-        """Nothing was asked: no decision, no evidence, and no item that should have given some."""
-        return not (self.decisions or self.evidence or self.errors or self.missing)
-
     def to_json(self) -> str:
         """Canonical text: keys in the order of the model, infinities as strings, one final newline."""
         return self.model_dump_json(indent=2) + "\n"

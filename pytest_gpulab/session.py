@@ -24,7 +24,7 @@ from pytest_gpulab.options import options_of
 
 if TYPE_CHECKING:
     from pytest_gpulab.baseline import Change
-    from pytest_gpulab.outcomes import Outcome
+    from pytest_gpulab.outcomes import Reported
     from pytest_gpulab.record import Decision, Record
 
 FOLDER_KEY = "gpulab_folder"
@@ -58,7 +58,7 @@ class Session:
         """By an option of pytest's."""
         self._left_out: list[str] = []
         """Node ids of entered items that will not run, although no option says so."""
-        self._outcomes: dict[str, Outcome] = {}
+        self._outcomes: dict[str, Reported] = {}
         self._collection_errors: dict[str, str] = {}
         self._reported: set[str] = set()
         self._failed: set[str] = set()
@@ -161,9 +161,9 @@ class Session:
             self._failed.add(report.nodeid)
         if evidence is None and report.nodeid not in self._catalog:
             return
-        from pytest_gpulab.outcomes import Outcome
+        from pytest_gpulab.outcomes import Reported
 
-        outcome = self._outcomes.setdefault(report.nodeid, Outcome())
+        outcome = self._outcomes.setdefault(report.nodeid, Reported())
         if report.when == "setup":
             outcome.begin()
         if evidence is not None:

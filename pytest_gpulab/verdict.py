@@ -93,7 +93,9 @@ def _judge_passed(gates: Sequence[Gate], gate_needed: bool) -> Judgement:
 
 def demand(judgement: Judgement, basis: Basis | None, required: Basis) -> Judgement:
     """`judgement` on evidence of `basis` where `required` is demanded: a weaker one leaves the question open."""
-    if judgement.verdict not in ("supported", "caveated", "rejected") or strength(basis) >= strength(required):
+    if judgement.verdict not in ("supported", "caveated", "partial", "rejected") or strength(basis) >= strength(
+        required
+    ):
         return judgement
     return Judgement(
         "open",

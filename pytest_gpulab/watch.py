@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Generator
+from traceback import format_exception
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -120,7 +121,10 @@ class Watch:
             report.outcome = "skipped"
             report.wasxfail = self.judgement.reason
         if not self.stands:
-            self._evidence = self._gather()
+            try:
+                self._evidence = self._gather()
+            except Exception as crash:
+                self._fail(report, crash)
         if self._evidence is not None:
             report.__dict__["gpulab"] = self._evidence
             self._set_properties(report, self._evidence)
@@ -128,6 +132,8 @@ class Watch:
 
     def _judge(self, ending: Ending) -> Judgement:
         judgement = judge(self.ledger.gates, ending, gate_needed=self.entry.decision is not None)
+        if judgement.verdict is not None and self.ledger.lost:
+            return Judgement(None, self.ledger.lost)
         basis = weakest(m.run(0).provenance.basis for m in self.ledger.measurements if _has_run(m))
         return demand(judgement, basis, options_of(self.item.config).require)
 
@@ -171,6 +177,13 @@ class Watch:
             **evidence,
         }
 
+    def _fail(self, report: pytest.TestReport, crash: Exception) -> None:
+        """The item cannot say what it has shown: an error of this item, not of the session."""
+        self.judgement = Judgement(None, f"its evidence cannot be summarized: {type(crash).__name__}: {crash}")
+        report.outcome = "failed"
+        report.longrepr = f"{''.join(format_exception(crash))}\n{self.judgement.reason}"
+        report.__dict__.pop("wasxfail", None)
+
     def _set_properties(self, report: pytest.TestReport, evidence: dict[str, Any] | None) -> None:
         """JUnit reads the item's properties; consumers of the report see the same."""
         kept = [pair for pair in self.item.user_properties if pair[0] not in _PROPERTIES]
@@ -182,9 +195,12 @@ class Watch:
         config = self.item.config
         if not (config.pluginmanager.hasplugin("html") and config.getoption("htmlpath", None)):
             return
-        from pytest_gpulab.report.html import extras
+        from pytest_gpulab.report.html import extras, without_extras
 
-        own = extras(self.ledger, config, self._evidence, self.entry.statement)
+        try:
+            own = extras(self.ledger, config, self._evidence, self.entry.statement)
+        except Exception as crash:
+            own = without_extras(crash)
         report.__dict__["extras"] = [*getattr(report, "extras", []), *own]
 
 
@@ -269,6 +285,7 @@ def _open_ledger() -> Ledger | None:
 def _ending_of(exception: BaseException | None) -> Ending:
     if exception is None:
         return Ending("passed")
+    exception = _assertion_in(exception) or exception
     text = str(exception)
     reason = f"{type(exception).__name__}: {text.splitlines()[0]}" if text else type(exception).__name__
     if isinstance(exception, pytest.skip.Exception):
@@ -283,6 +300,13 @@ def _ending_of(exception: BaseException | None) -> Ending:
     if trace is None:
         return Ending("asserted", reason)
     return Ending("asserted", reason, trace.tb_frame.f_code.co_filename, trace.tb_lineno)
+
+
+def _assertion_in(exception: BaseException) -> AssertionError | None:
+    """The AssertionError that alone makes up a group of exceptions, such as an asyncio.TaskGroup raises."""
+    while isinstance(exception, BaseExceptionGroup) and len(exception.exceptions) == 1:
+        (exception,) = exception.exceptions
+    return exception if isinstance(exception, AssertionError) else None
 
 
 def _has_run(measurement: Any) -> bool:

@@ -24,19 +24,20 @@ def known_run(
     relative_error: float = 0.0,
     server: str = "known",
     problems: tuple[str, ...] = (),
+    output_tokens: int = 11,
 ) -> Run:
     """Request i comes at i seconds; its answer starts after half of its latency and ends after all of it."""
     table = np.zeros(requests, dtype=REQUEST_DTYPE)
     table["scheduled"] = table["sent"] = np.arange(requests)
     table["first_token"] = table["scheduled"] + np.asarray(latency_s) / 2
     table["last_token"] = table["scheduled"] + np.asarray(latency_s)
-    table["prompt_tokens"], table["output_tokens"] = 10, 11
+    table["prompt_tokens"], table["output_tokens"] = 10, output_tokens
     table["ok"] = np.arange(requests) < (requests if delivered is None else delivered)
     return Run(
         requests=table,
         server=np.zeros(0, dtype=SERVER_DTYPE),
         totals={"request_queue_time_seconds_sum": 0.0, "request_queue_time_seconds_count": float(requests)},
-        duration_s=float(requests),
+        duration_s=float(max(1, requests)),
         provenance=Provenance("known", basis, seed, "0", server, relative_error),
         problems=problems,
     )

@@ -10,7 +10,7 @@ import pytest
 
 from pytest_gpulab.baseline import Change, exit_status
 from pytest_gpulab.markers import Entry
-from pytest_gpulab.outcomes import Outcome, Setting, compose
+from pytest_gpulab.outcomes import Reported, Setting, compose
 from pytest_gpulab.record import Record, SessionInfo, Verdict
 from tests.conftest import Project
 
@@ -73,7 +73,7 @@ VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 def record_of(verdict: Verdict | None) -> Record:
     """A record of one item that ended so; None crashed."""
-    outcome = Outcome(done=True, error="" if verdict else "OSError: gone")
+    outcome = Reported(done=True, error="" if verdict else "OSError: gone")
     outcome.add({"verdict": verdict, "reason": "numbers", "gates": [], "runs": []})
     return compose(
         {"test_d": Entry("test_d", "d", "It holds")},

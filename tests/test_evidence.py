@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from pytest_gpulab import any_of, caveat, requires
+from pytest_gpulab.evidence import Claim
 from pytest_gpulab.experiment import Profile
+from pytest_gpulab.figures import percentile, sample_floor
 from pytest_gpulab.gates import Ledger, collecting
 from pytest_gpulab.lab import Lab
+from pytest_gpulab.measurement import Measurement, summarize
 from pytest_gpulab.run import Run
 from tests.known import PROFILE, WORKLOAD, Known, arm, known_lab, known_run
 
@@ -52,6 +56,23 @@ def test_cost_counts_wall_time_and_only_useful_requests() -> None:
     assert m.goodput(e2e_s=2.0).value == pytest.approx(20 / 200)
 
 
+@pytest.mark.parametrize("run", [{"requests": 0}, {"output_tokens": 1}], ids=["no request", "one token"])
+def test_a_percentile_of_nothing_is_unknown_and_decides_nothing(run: dict[str, int]) -> None:
+    """A workload may offer no request under a seed, or answers of one token: no time between two tokens."""
+    m = measure(run=lambda _, seed: known_run(1.0, seed=seed, **run))  # type: ignore[arg-type]
+    decided = (m.tpot.p50 <= 1.0).decide()
+    assert decided.outcome == "undecided"
+    assert math.isnan(decided.left.value)
+    figures = {figure.label: figure for figure in summarize(m).figures}
+    assert math.isnan(figures["p50 tpot"].value)
+
+
+def test_a_seed_without_a_request_hides_no_other() -> None:
+    m = measure(run=lambda _, seed: known_run(1.0 + seed, seed=seed, requests=0 if seed == 1 else 200))
+    assert (m.p50 <= 99.0).decide().outcome == "undecided"
+    assert m.p50.figure(6).low == 1.0
+
+
 # --- repeats --------------------------------------------------------------------------------------------
 
 
@@ -88,6 +109,21 @@ def test_compared_options_are_paired_repeat_by_repeat() -> None:
     small, large = lab.measure(WORKLOAD, arm(1)), lab.measure(WORKLOAD, arm(2))
     assert (small.p50 < large.p50).decide().outcome == "held"
     assert (small.p50 > large.p50).decide().outcome == "false"
+
+
+@pytest.mark.parametrize(
+    ("claim", "said"),
+    [
+        (lambda m: m.delivery_ratio >= 1, True),
+        (lambda m: m.delivery_ratio > 0.999, True),
+        (lambda m: m.delivery_ratio <= 1.0, False),
+        (lambda m: m.delivery_ratio >= 0.9 * m.delivery_ratio, False),
+    ],
+)
+def test_a_promise_of_delivery_says_how_many_runs_could_still_fail(
+    claim: Callable[[Measurement], Claim], said: bool
+) -> None:
+    assert ("up to 39% of runs could still fail" in claim(measure()).decide().reason) is said
 
 
 def test_undecided_says_how_the_votes_fell() -> None:
@@ -142,6 +178,83 @@ def test_errors_cancel_only_within_one_calibration(other_server: str, outcome: s
     assert claim.decide().outcome == outcome
 
 
+def two_arms(common: bool) -> tuple[Measurement, Measurement]:
+    """2.0 s and 2.1 s, simulated by one calibration or by two, each up to 10 % off."""
+
+    def run(profile: Profile, _: int) -> Run:
+        seqs = profile.engine_args.max_num_seqs or 0
+        server = "a" if common or seqs == 1 else "b"
+        return known_run(1.9 + seqs / 10, basis="simulated", relative_error=0.1, server=server)
+
+    lab = known_lab(run, basis="simulated")
+    return lab.measure(WORKLOAD, arm(1), label="fast"), lab.measure(WORKLOAD, arm(2), label="slow")
+
+
+SLOWER: dict[str, Callable[[Measurement, Measurement], Claim]] = {
+    "compared": lambda fast, slow: slow.p95 > fast.p95,
+    "ratio": lambda fast, slow: slow.p95 / fast.p95 > 1,
+    "difference": lambda fast, slow: slow.p95 - fast.p95 > 0,
+    "negative difference": lambda fast, slow: fast.p95 - slow.p95 < 0,
+}
+
+
+@pytest.mark.parametrize("claim", SLOWER.values(), ids=SLOWER)
+@pytest.mark.parametrize(("common", "outcome"), [(True, "held"), (False, "undecided")])
+def test_one_question_has_one_answer_however_it_is_written(
+    claim: Callable[[Measurement, Measurement], Claim], common: bool, outcome: str
+) -> None:
+    assert claim(*two_arms(common)).decide().outcome == outcome
+
+
+@pytest.mark.parametrize(
+    ("common", "interval"), [(True, (-0.11, -0.09)), (False, (2.0 * 0.9 - 2.1 * 1.1, 2.0 * 1.1 - 2.1 * 0.9))]
+)
+def test_a_difference_is_as_uncertain_as_its_sides(common: bool, interval: tuple[float, float]) -> None:
+    fast, slow = two_arms(common)
+    found = (fast.p95 - slow.p95 <= 1.0).decide().left
+    assert (found.low, found.high) == pytest.approx(interval)
+    assert found.value == pytest.approx(-0.1)
+
+
+def test_an_error_that_cancels_is_not_shown() -> None:
+    fast, slow = two_arms(common=True)
+    found = (slow.p95 / fast.p95 <= 2).decide()
+    assert found.left.low == found.left.value == found.left.high
+    assert "calibration error" not in found.reason
+
+
+@pytest.mark.parametrize(("threshold", "outcome"), [(2.3, "held"), (2.1, "undecided"), (1.7, "false")])
+def test_a_count_below_a_latency_leaves_its_error(threshold: float, outcome: str) -> None:
+    m = deterministic_lab(2.0, 0.1).measure(WORKLOAD, PROFILE)
+    assert (m.p95 / m.delivery_ratio <= threshold).decide().outcome == outcome
+
+
+@pytest.mark.parametrize(("threshold", "outcome"), [(2.5, "held"), (2.4, "undecided")])
+def test_a_latency_over_a_rate_doubles_the_error(threshold: float, outcome: str) -> None:
+    """2 s over 1 request/s; where the server is 10 % slower 2.2 s over 0.9 requests/s."""
+    m = deterministic_lab(2.0, 0.1).measure(WORKLOAD, PROFILE)
+    assert (m.p95 / m.request_rate <= threshold).decide().outcome == outcome
+
+
+@pytest.mark.parametrize(
+    ("above", "below", "outcome"), [(0.0, 0.0, "undecided"), (math.nan, 0.0, "undecided"), (3.0, 0.0, "held")]
+)
+def test_nothing_over_nothing_is_unknown(above: float, below: float, outcome: str) -> None:
+    def run(profile: Profile, seed: int) -> Run:
+        count = above if profile.engine_args.max_num_seqs == 1 else below
+        return replace(known_run(1.0, seed=seed), totals={"num_preemptions_total": count})
+
+    lab = known_lab(run)
+    ratio = lab.measure(WORKLOAD, arm(1)).preemptions / lab.measure(WORKLOAD, arm(2)).preemptions
+    assert (ratio >= 2).decide().outcome == outcome
+
+
+@pytest.mark.parametrize(("delivered", "outcome"), [(200, "held"), (100, "false")])
+def test_a_constant_may_be_infinite(delivered: int, outcome: str) -> None:
+    m = measure(run=lambda _, seed: known_run(1.0, seed=seed, delivered=delivered))
+    assert (m.p95 < math.inf).decide().outcome == outcome
+
+
 def test_two_undelivered_percentiles_say_nothing_of_one_another() -> None:
     lab = known_lab(lambda _, seed: known_run(1.0, seed=seed, delivered=100))
     claim = lab.measure(WORKLOAD, arm(1)).p95 <= 0.9 * lab.measure(WORKLOAD, arm(2)).p95
@@ -169,6 +282,27 @@ def test_a_percentile_of_too_few_requests_is_undecided() -> None:
     assert (m.p95 <= 9.0).decide().outcome == "undecided"
     assert "needs 130 requests a run" in (m.p95 <= 9.0).decide().reason
     assert (m.e2e.p50 <= 9.0).decide().outcome == "held"
+
+
+@pytest.mark.parametrize(
+    ("percent", "floor"), [(5, 130), (50, 11), (90, 64), (94, 108), (95, 130), (98, 330), (99, 662), (99.9, 6636)]
+)
+def test_a_percentile_needs_two_requests_beyond_it(percent: float, floor: int) -> None:
+    assert sample_floor(percent) == floor
+    for requests, outcome in ((floor, "held"), (floor - 1, "undecided")):
+        m = measure(run=lambda _, seed, n=requests: known_run(1.0, seed=seed, requests=n))
+        assert (m.e2e.percentile(percent) <= 9.0).decide().outcome == outcome
+
+
+@pytest.mark.parametrize("percent", [-5, 0, 100, 101, math.nan])
+def test_a_percentile_lies_between_0_and_100(percent: float) -> None:
+    with pytest.raises(ValueError, match=r"must be more than 0 and less than 100 .*, got"):
+        measure().e2e.percentile(percent)
+
+
+@pytest.mark.parametrize(("percent", "rank"), [(55, 55), (7, 7), (99.5, 100), (0.1, 1)])
+def test_ranks_are_exact(percent: float, rank: int) -> None:
+    assert percentile(np.arange(1.0, 101.0), percent) == rank
 
 
 # --- claims ---------------------------------------------------------------------------------------------------

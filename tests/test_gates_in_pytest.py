@@ -25,6 +25,11 @@ VERDICTS = {
         {"passed": 1},
         "caveated",
     ),
+    "caveated by one that the target refuses": (
+        'assert served(1).p50 <= 2.0\ncaveat(served(500).p95 <= 2.0, "may miss elsewhere")',
+        {"passed": 1},
+        "caveated",
+    ),
     "rejected": ("assert served(3).p50 <= 2.0", {"failed": 1}, "rejected"),
     "open": ("assert coin.p50 <= 2.0", {"xfailed": 1}, "open"),
     "partial": ("assert served(1).p50 <= 2.0\nassert coin.p50 <= 2.0", {"xfailed": 1}, "partial"),
@@ -56,6 +61,17 @@ VERDICTS = {
     "blocked": ('blocked("no capacity")', {"skipped": 1}, "blocked"),
     "blocked by the target": ("assert served(500).p50 <= 2.0", {"skipped": 1}, "blocked"),
     "any_of held": ("assert any_of(served(3).p50 <= 2.0, served(1).p50 <= 2.0)", {"passed": 1}, "supported"),
+    "any_of held beside a refused one": (
+        "assert any_of(served(500).p50 <= 2.0, served(1).p50 <= 2.0)",
+        {"passed": 1},
+        "supported",
+    ),
+    "any_of with only a refused one left": (
+        "assert any_of(served(3).p50 <= 2.0, served(500).p50 <= 2.0)",
+        {"xfailed": 1},
+        "open",
+    ),
+    "any_of refused": ("assert any_of(served(500).p50 <= 2.0, served(500).p95 <= 2.0)", {"skipped": 1}, "blocked"),
     "any_of false": ("assert any_of(served(3).p50 <= 2.0, served(4).p50 <= 2.0)", {"failed": 1}, "rejected"),
     "a chain": ("assert 0.5 <= served(1).p50 <= 2.0", {"passed": 1}, "supported"),
     "a false chain": ("assert 0.5 <= served(3).p50 <= 2.0", {"failed": 1}, "rejected"),
@@ -64,6 +80,21 @@ VERDICTS = {
         "assert (\n    served(3).p50\n    <= 2.0\n), 'too slow'",
         {"failed": 1},
         "rejected",
+    ),
+    "a claim that is a caveat and a gate": (
+        'assert served(1).p50 <= 2.0\nfast = coin.p50 <= 2.0\ncaveat(fast, "may be slow")\nassert fast',
+        {"xfailed": 1},
+        "partial",
+    ),
+    "a false claim that is a caveat and a gate": (
+        'fast = served(3).p50 <= 2.0\ncaveat(fast, "slow")\nassert fast',
+        {"failed": 1},
+        "rejected",
+    ),
+    "a claim that is required and a gate": (
+        'fast = served(1).p50 <= 2.0\nrequires(fast, "too slow to tell")\nassert fast',
+        {"passed": 1},
+        "supported",
     ),
     "a gate in a loop": ("for n in (1, 3):\n    assert served(n).p50 <= 2.0", {"failed": 1}, "rejected"),
 }
@@ -111,6 +142,7 @@ ERRORS = {
         "try:\n    assert served(3).p50 <= 2.0\nexcept AssertionError:\n    blocked('no')",
         "a false gate did not end the test",
     ),
+    "a claim compared with a truth": ("assert (served(3).p50 <= 2.0) != False", "a claim is never equal"),
     "a gate under or": ("assert served(1).p50 <= 2.0 or True", "TypeError"),
     "pytest.xfail": ("assert served(1).p50 <= 2.0\npytest.xfail('known')", "xfail together with gates"),
 }
@@ -124,6 +156,38 @@ def test_error_is_no_verdict(project: Project, body: str, reason: str) -> None:
     (error,) = project.record.errors
     assert (error.nodeid, error.decision) == ("test_exp.py::test_it", "d")
     assert reason in error.reason
+
+
+def test_evidence_that_cannot_be_summarized_is_an_error_of_its_item_alone(project: Project) -> None:
+    project.write(
+        """
+        @decision("d", "It holds")
+        def test_it(served, monkeypatch):
+            monkeypatch.setattr("pytest_gpulab.figures.mean_queue_delay", lambda run: 1 / 0)
+            assert served(1).p50 <= 2.0
+
+        @decision("e", "It holds too")
+        def test_too(served):
+            assert served(1).p50 <= 2.0
+        """
+    ).run().assert_outcomes(failed=1, passed=1)
+    (error,) = project.record.errors
+    assert (error.nodeid, project.decision("d").verdict) == ("test_exp.py::test_it", "open")
+    assert "its evidence cannot be summarized: ZeroDivisionError: division by zero" in error.reason
+    assert project.decision("e").verdict == "supported"
+
+
+def test_a_drawing_that_fails_leaves_a_note_in_the_report(project: Project) -> None:
+    project.write(
+        """
+        @decision("d", "It holds")
+        def test_it(served, monkeypatch):
+            monkeypatch.setattr("pytest_gpulab.report.plots.latency_cdf", lambda *_, **__: 1 / 0)
+            assert served(1).p50 <= 2.0
+        """
+    ).run("--html=report.html", "--self-contained-html").assert_outcomes(passed=1)
+    assert project.decision().verdict == "supported"
+    assert "tables and plots could not be made: ZeroDivisionError" in (project.path / "report.html").read_text()
 
 
 def test_gate_in_a_helper_rejects(project: Project) -> None:
@@ -198,6 +262,15 @@ def test_blocked_in_a_fixture_blocks(project: Project) -> None:
     assert project.decision().reason == "no p6-b200 capacity"
 
 
+def test_refused_reservation_says_why_and_names_no_run(project: Project) -> None:
+    body = 'assert served(1).p50 <= 2.0\ncaveat(served(500).p95 <= 2.0, "may miss elsewhere")'
+    project.write(one(body)).run("--html=report.html", "--self-contained-html").assert_outcomes(passed=1)
+    found = project.decision()
+    assert found.reason == "may miss elsewhere: p95 e2e of 500 s <= 2 s: no such machine"
+    assert [run.label for run in found.runs] == ["1 s"]
+    assert {run for gate in found.gates for run in gate.runs} == {run.id for run in found.runs}
+
+
 def test_crash_in_a_fixture_is_an_error(project: Project) -> None:
     project.write(
         """
@@ -258,15 +331,18 @@ def test_weaker_evidence_than_required_leaves_the_question_open(project: Project
     body = one("assert served(1).p50 <= 2.0", mark='@decision("yes", "Yes")') + one(
         "assert served(3).p50 <= 2.0", mark='@decision("no", "No")'
     ).replace("test_it", "test_no")
-    project.write(body).run("--gpulab-require=measured").assert_outcomes(xfailed=2)
-    for id, otherwise in (("yes", "supported"), ("no", "rejected")):
+    half = one("assert served(1).p50 <= 2.0\nassert coin.p50 <= 2.0", mark='@decision("half", "Half")')
+    body += half.replace("test_it", "test_half")
+    project.write(body).run("--gpulab-require=measured").assert_outcomes(xfailed=3)
+    for id, otherwise in (("yes", "supported"), ("no", "rejected"), ("half", "partial")):
         assert project.decision(id).verdict == "open"
         assert project.decision(id).basis == "simulated"
         assert f"simulated evidence, measured is required; it would be {otherwise}" in project.decision(id).reason
     conftest = (project.path / "conftest.py").read_text().replace('BASIS = "simulated"', 'BASIS = "measured"')
     (project.path / "conftest.py").write_text(conftest)
-    project.run("--gpulab-require=measured").assert_outcomes(passed=1, failed=1)
+    project.run("--gpulab-require=measured").assert_outcomes(passed=1, failed=1, xfailed=1)
     assert project.decision("yes").verdict == "supported"
+    assert project.decision("half").verdict == "partial"
 
 
 def test_first_verdict_stands_under_reruns(project: Project) -> None:
@@ -383,3 +459,76 @@ def test_measurement_of_a_shared_fixture_belongs_to_every_item(project: Project)
     for id in ("d", "e"):
         assert [run.label for run in project.decision(id).runs] == ["base"]
         assert project.decision(id).basis == "simulated"
+
+
+def test_claim_of_a_shared_fixture_is_a_gate_of_every_item(project: Project) -> None:
+    project.write(
+        """
+        from tests.known import WORKLOAD, arm
+
+        @pytest.fixture(scope="module")
+        def fast(measure):
+            return measure(WORKLOAD, arm(1), label="base").p50 <= 2.0
+
+        @decision("d", "It holds")
+        def test_it(fast):
+            assert fast
+
+        @decision("e", "It holds too")
+        def test_too(fast):
+            assert fast
+        """
+    ).run().assert_outcomes(passed=2)
+    for id in ("d", "e"):
+        assert [gate.outcome for gate in project.decision(id).gates] == ["held"]
+        assert [len(run.seeds) for run in project.decision(id).runs] == [6]
+
+
+IN_THREADS = {
+    "pool": "with ThreadPoolExecutor() as pool:\n    list(pool.map(check, [served(1), coin]))",
+    "thread that dies alone": "thread = Thread(target=check, args=[served(1)])\nthread.start()\nthread.join()",
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("how", IN_THREADS.values(), ids=IN_THREADS)
+def test_gate_in_a_thread_without_the_tests_context_is_an_error(project: Project, how: str) -> None:
+    project.write(THREADED + one(f"assert served(1).p50 <= 2.0\n{how}")).run().assert_outcomes(failed=1)
+    assert project.decision().verdict == "open"
+    (error,) = project.record.errors
+    assert "test_exp.py:11: a gate must know its test" in error.reason
+    assert "contextvars.copy_context().run" in error.reason
+
+
+def test_gates_in_threads_with_the_tests_context_count(project: Project) -> None:
+    how = (
+        "with ThreadPoolExecutor() as pool:\n"
+        "    futures = [pool.submit(copy_context().run, check, m) for m in (served(1), coin)]\n"
+        "    assert len([future.result() for future in futures]) == 2"
+    )
+    project.write(THREADED + one(how)).run().assert_outcomes(xfailed=1)
+    assert sorted(gate.outcome for gate in project.decision().gates) == ["held", "undecided"]
+
+
+@pytest.mark.parametrize(("slow", "verdict"), [((1, 3), "rejected"), ((3, 3), "open")])
+def test_false_gate_in_a_task_group_rejects_when_it_alone_ended_it(
+    project: Project, slow: tuple[int, int], verdict: str
+) -> None:
+    body = (
+        f"async def ask():\n    async with TaskGroup() as group:\n        for n in {slow}:\n"
+        "            group.create_task(check_soon(served(n)))\nrun(ask())"
+    )
+    project.write(THREADED + one(body)).run().assert_outcomes(failed=1)
+    assert project.decision().verdict == verdict
+
+
+THREADED = """
+from asyncio import TaskGroup, run
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from threading import Thread
+def check(m):
+    assert m.p50 <= 2.0
+async def check_soon(m):
+    check(m)
+"""

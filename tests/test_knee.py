@@ -108,6 +108,13 @@ def test_knees_compare_with_a_margin() -> None:
     assert (fast >= 4.0 * slow).decide().outcome == "undecided"
 
 
+def test_a_knee_compares_with_knees_and_rates_only() -> None:
+    knee = search(KneeAt(1.0))
+    for other in (knee.points[0].measurement.request_rate, "2 req/s", None):
+        with pytest.raises(TypeError, match=r"against another knee or a rate\) >= must be given a plain number, got"):
+            knee >= other  # type: ignore[operator]  # noqa: B015
+
+
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (2, 1), (-1, 1), (1, math.inf)])
 def test_an_impossible_range_is_refused(low: float, high: float) -> None:
     with pytest.raises(ValueError, match=f"0 < low < high requests/s, got low={low} and high={high}"):

@@ -328,6 +328,13 @@ def test_long_labels_wrap_and_markup_is_escaped():
     assert len(lines) == 3 and lines[-1].endswith("…")
 
 
+def test_a_price_in_a_label_is_no_formula():
+    price = "spot at $0.2, 50% of $0.4"
+    with drawing():
+        svg = Canvas(price, "s", "simulated", [Entry(price)]).svg("k", "d")
+    assert texts(svg).count(price) == 2
+
+
 def test_a_fleets_timeline_tells_when_it_was_ready_and_what_it_cost():
     found = " ".join(texts(fleet_timeline(FLEETS, basis="simulated")))
     assert "first ready at 50 s, at most 1; 100 GPU s billed" in found

@@ -6,7 +6,8 @@ from itertools import permutations
 
 import pytest
 
-from pytest_gpulab.gates import Figure, Gate, Outcome, Role
+from pytest_gpulab.gates import Figure, Gate, Role
+from pytest_gpulab.rule import Outcome
 from pytest_gpulab.verdict import Ending, Judgement, combine, decides, demand, judge, weakest
 
 FIGURE = Figure(label="p95 e2e", value=1.0, low=1.0, high=1.0, n=1, unit="s")
@@ -99,7 +100,7 @@ def test_combine_needs_an_item() -> None:
         combine([])
 
 
-@pytest.mark.parametrize("verdict", ["supported", "caveated", "rejected"])
+@pytest.mark.parametrize("verdict", ["supported", "caveated", "partial", "rejected"])
 def test_demand(verdict) -> None:  # type: ignore[no-untyped-def]
     found = Judgement(verdict, "numbers")
     assert demand(found, "measured", "measured") == found
@@ -111,7 +112,7 @@ def test_demand(verdict) -> None:  # type: ignore[no-untyped-def]
         assert verdict in opened.reason
 
 
-@pytest.mark.parametrize("verdict", ["open", "partial", "blocked", None])
+@pytest.mark.parametrize("verdict", ["open", "blocked", None])
 def test_demand_changes_nothing_that_decides_nothing(verdict) -> None:  # type: ignore[no-untyped-def]
     assert demand(Judgement(verdict, ""), "simulated", "measured").verdict == verdict
 

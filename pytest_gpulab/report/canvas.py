@@ -41,6 +41,7 @@ _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # always there and wide: what fits in it fits in the reader's font
     "font.size": 8,
     "text.color": INK,
+    "text.parse_math": False,  # a label may say "$0.2"
     "lines.linewidth": 1.6,
     "lines.solid_joinstyle": "round",
 }

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, get_args
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from pytest_gpulab.gates import Ledger
-from pytest_gpulab.run import Basis
 from pytest_gpulab.timeline import counts
+from pytest_gpulab.verdict import weakest
 
 if TYPE_CHECKING:
     from pytest_gpulab.knee import Knee
@@ -46,16 +46,16 @@ def _arms(ledger: Ledger) -> list[Measurement]:
     return [arm for arm in ledger.measurements if arm.pulled and arm.id not in hidden]
 
 
-def _weakest(arms: Sequence[Measurement]) -> Basis:
-    order: tuple[Basis, ...] = get_args(Basis)
-    return min((arm.run(0).provenance.basis for arm in arms), key=order.index)
+def _basis(arms: Iterable[Measurement]) -> str:
+    """The basis of the plots of `arms`: the weakest one's."""
+    return weakest(arm.run(0).provenance.basis for arm in arms) or ""
 
 
 def _knee_plot(knee: Knee, key: str) -> str:
     from pytest_gpulab.report.plots import RatePoint, rate_vs_p95
 
     points = [RatePoint(point.rate, point.measurement.p95.figure(), point.outcome) for point in knee.points]
-    basis = _weakest([point.measurement for point in knee.points])
+    basis = _basis(point.measurement for point in knee.points)
     return rate_vs_p95(points, (knee.stable_rate, knee.unstable_rate), basis=basis, key=key)
 
 
@@ -64,7 +64,7 @@ def _arm_plots(arms: Sequence[Measurement], key: str) -> list[str]:
 
     drawn = [Arm(arm.label, arm.run(0), index) for index, arm in enumerate(arms)]
     fleets = [arm for arm in drawn if counts(arm.run.timeline)]
-    basis = _weakest(arms)
+    basis = _basis(arms)
     plots = [latency_cdf(drawn, basis=basis, key=key)]
     if fleets:
         plots.append(fleet_timeline(fleets, basis=basis, key=key))
@@ -99,4 +99,4 @@ def _cost_plot(arms: Sequence[Measurement], useful: dict[str, float], slo_s: flo
         for index, arm in enumerate(arms)
         if arm.profile.price is not None
     ]
-    return [cost_vs_latency(points, basis=_weakest(arms), slo_s=slo_s, key=key)] if points else []
+    return [cost_vs_latency(points, basis=_basis(arms), slo_s=slo_s, key=key)] if points else []

@@ -13,11 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, get_args
 
-from pytest_gpulab.gates import Figure, Gate, Ledger, Outcome
+from pytest_gpulab.gates import Figure, Gate, Ledger
 from pytest_gpulab.record import Decision, RunSummary, Verdict
 from pytest_gpulab.report.arm import in_words
 from pytest_gpulab.report.canvas import colour, number
 from pytest_gpulab.report.style import CSS
+from pytest_gpulab.rule import Outcome
 
 _CELLS_AT = 1
 """Where the two columns go: after pytest's own result, in the header and in every row."""
@@ -142,6 +143,15 @@ def extras(
     colours = {arm.id: colour(index) for index, arm in enumerate(shown)}
     runs = [summarize(measurement) for measurement in pulled]
     return [html_extras.html(experiment(evidence or {}, statement, ledger.gates, runs, plots, colours))]
+
+
+def without_extras(crash: Exception) -> list[dict[str, Any]]:
+    """What stands in place of `extras` where they could not be made: a note that says why."""
+    from pytest_html import extras as html_extras
+
+    why = escape(f"{type(crash).__name__}: {crash}")
+    note = f'<p class="gpulab-problem">gpulab: tables and plots could not be made: {why}</p>'
+    return [html_extras.html(f'<section class="gpulab gpulab-experiment">{note}</section>')]
 
 
 def experiment(

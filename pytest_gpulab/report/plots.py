@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytest_gpulab.figures import gpu_seconds, latencies, peak_replicas, percentile, replicas_ready
-from pytest_gpulab.gates import Figure, Outcome
+from pytest_gpulab.gates import Figure
 from pytest_gpulab.report.canvas import QUIET, Canvas, Entry, Panel, colour, drawing, number, wants_log
+from pytest_gpulab.rule import Outcome
 from pytest_gpulab.run import Run
 from pytest_gpulab.timeline import Counts, Stage, cold_start, counts
 
