@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
+from numbers import Real
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from pytest_gpulab.definition import digest
@@ -137,6 +138,12 @@ class Estimate:
     def __sub__(self, other: Estimate) -> Estimate:
         return _difference(self, other)
 
+    def __rsub__(self, other: object) -> NoReturn:
+        raise TypeError(
+            f"{other!r} - {self.label}: no estimate is subtracted from a number; compare the estimate itself, "
+            "e.g. `estimate >= 0.9` instead of `1 - estimate <= 0.1`"
+        )
+
     def _scaled(self, factor: float, label: str) -> Estimate:
         value_of = self.value_of
         return replace(self, label=label, value_of=lambda repeat, off: factor * value_of(repeat, off))
@@ -189,7 +196,7 @@ def _end(extreme: Callable[[Iterable[float]], float], ends: Iterable[float], exa
 
 def require_number(side: str, sign: str, value: object) -> None:
     """TypeError unless `value`, at the right of `sign`, is a plain number; `side` says what stands at the left."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{side} {sign} must be given a plain number, got {value!r}")
 
 

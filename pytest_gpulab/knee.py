@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from pytest_gpulab.evidence import Claim, Decided, figure_text, number_text, require_number
+from pytest_gpulab.evidence import EXACT, Claim, Decided, Off, figure_text, number_text, require_number
 from pytest_gpulab.gates import Figure, TargetRefused, current_ledger
 from pytest_gpulab.measurement import Measurement
 from pytest_gpulab.rule import Outcome
@@ -44,9 +44,13 @@ class Knee:
         return f"{self.scale} x knee by {self.points[0].definition}"
 
     @property
-    def figure(self) -> Figure:
-        """The bracket as a figure, ends widened by the calibration's relative error; the value is its middle."""
-        error = max(point.measurement.run(0).provenance.relative_error for point in self.points)
+    def errors(self) -> Off:
+        """The calibrations behind it, and how far each may be off."""
+        return {name: error for point in self.points for name, error in point.measurement.errors.items()}
+
+    def figure(self, errors: Off) -> Figure:
+        """The bracket as a figure, ends widened by the largest of `errors`; the value is its middle."""
+        error = max(errors.values(), default=0.0)
         finite = self.unstable_rate if math.isfinite(self.unstable_rate) else self.stable_rate
         return Figure(
             label="knee" if self.scale == 1 else f"{self.scale:g} x knee",
@@ -97,9 +101,11 @@ class KneeClaim(Claim):
 
     def decide(self, alternatives: int = 1) -> Decided:
         """Compare the brackets; the repeats were spent in the search, so `alternatives` changes nothing."""
-        left = self.left.figure
+        left = self.left.figure(self.left.errors)
         if isinstance(self.right, Knee):
-            right = self.right.figure
+            right = self.right.figure(self.right.errors)
+            if self.left.errors == self.right.errors:  # both are off by the same factor
+                left, right = self.left.figure(EXACT), self.right.figure(EXACT)
         else:
             rate = float(self.right)
             right = Figure(label="constant", value=rate, low=rate, high=rate, n=0, unit=UNIT)
@@ -137,6 +143,8 @@ def find_knee(
         measurement = arm(rate)
         try:
             claim = stable(measurement)
+            if not isinstance(claim, Claim):
+                raise TypeError(f"stable must return a claim, such as `m.queue_delay <= 1`, got {claim!r}")
             decided = claim.decide()
         except TargetRefused:
             if not points:

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from pytest_gpulab import figures
 from pytest_gpulab.definition import Definition
@@ -230,18 +230,24 @@ class Measurement:
             label=f"{label} of {self.label}",
             unit=unit,
             sources=(self,),
-            value_of=lambda repeat, off: of_run(self.run(repeat)) * (1 + by_time * off.get(self._server, 0.0)),
-            errors=lambda: self._errors if by_time else EXACT,
+            value_of=lambda repeat, off: of_run(self.run(repeat)) * (1 + by_time * self._off(off)),
+            errors=lambda: self.errors if by_time else EXACT,
         )
 
-    @property
-    def _server(self) -> str:
-        return self.run(0).provenance.server
+    def _off(self, off: Off) -> float:
+        return off.get(self.run(0).provenance.calibration, 0.0)
 
     @property
-    def _errors(self) -> Off:
-        error = self.run(0).provenance.relative_error
-        return {self._server: error} if error else EXACT
+    def errors(self) -> Off:
+        """The calibration behind its times, and how far that may be off; none where they were measured."""
+        origin = self.run(0).provenance
+        return {origin.calibration: origin.relative_error} if origin.relative_error else EXACT
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name[:1] == "p" and name[1:].isdigit():
+            raise AttributeError(f"unknown figure {name!r}: write e2e.percentile({name[1:]})")
+        own = {name for name, kind in vars(type(self)).items() if isinstance(kind, property)}
+        raise AttributeError(unknown_name("figure", name, own - {"errors", "max_repeats", "runs", "seeds"}))
 
 
 @dataclass(frozen=True)
@@ -250,6 +256,13 @@ class Latency:
 
     measurement: Measurement
     interval: figures.Interval
+
+    def __lt__(self, other: object) -> NoReturn:
+        raise TypeError(
+            f"{self.interval} has many percentiles: compare one of them, e.g. `{self.interval}.p95 <= 2.0`"
+        )
+
+    __le__ = __gt__ = __ge__ = __lt__
 
     @property
     def p50(self) -> Estimate:

@@ -59,6 +59,11 @@ class Provenance:
     relative_error: float = 0.0
     """How far absolute figures may be off (0.05 = 5 %): the calibration's stored error; 0 when measured."""
 
+    @property
+    def calibration(self) -> str:
+        """Whose error that is. A fleet's server adds its cluster, which the cost of a step does not depend on."""
+        return self.server.partition(", ")[0]
+
 
 @dataclass(frozen=True)
 class Run:

@@ -168,7 +168,9 @@ def test_delivery_is_a_count_and_is_not_widened() -> None:
     assert (m.delivery_ratio >= 0.999).decide().outcome == "held"
 
 
-@pytest.mark.parametrize(("other_server", "outcome"), [("a", "held"), ("b", "undecided")])
+@pytest.mark.parametrize(
+    ("other_server", "outcome"), [("a", "held"), ("a, g4dn cluster", "held"), ("b", "undecided")]
+)
 def test_errors_cancel_only_within_one_calibration(other_server: str, outcome: str) -> None:
     """2.0 s against 2.1 s with 10 % error each: told apart only when the error is common."""
     fast = known_run(2.0, basis="simulated", relative_error=0.1, server="a")
@@ -325,6 +327,27 @@ def test_a_ratio_of_estimates_has_no_unit_and_pairs() -> None:
 def test_an_estimate_is_compared_with_estimates_and_numbers_only(nonsense: object) -> None:
     with pytest.raises(TypeError, match="plain number"):
         measure().p95 <= nonsense  # type: ignore[operator]  # noqa: B015
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert (measure().p95 <= np.int64(3)).decide().outcome == (measure().p95 <= 3).decide().outcome
+
+
+@pytest.mark.parametrize(
+    ("nonsense", "error", "words"),
+    [
+        (lambda m: m.ttft <= 3, TypeError, r"ttft has many percentiles: compare one of them, e.g. `ttft.p95 <= 2.0`"),
+        (lambda m: m.p96, AttributeError, r"unknown figure 'p96': write e2e.percentile\(96\)"),
+        (lambda m: m.ttft_p95, AttributeError, r"unknown figure 'ttft_p95': did you mean 'ttft'\? "),
+        (lambda m: 1 - m.delivery_ratio, TypeError, r"compare the estimate itself, e.g. `estimate >= 0.9`"),
+    ],
+    ids=["all-percentiles", "another-percentile", "unknown-figure", "number-minus-estimate"],
+)
+def test_what_cannot_be_asked_is_refused_with_advice(
+    nonsense: Callable[[Measurement], object], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        nonsense(measure())
 
 
 def test_equality_of_estimates_is_refused_with_advice() -> None:

@@ -119,3 +119,46 @@ def test_a_knee_compares_with_knees_and_rates_only() -> None:
 def test_an_impossible_range_is_refused(low: float, high: float) -> None:
     with pytest.raises(ValueError, match=f"0 < low < high requests/s, got low={low} and high={high}"):
         search(KneeAt(1.0), low=low, high=high)
+
+
+class Simulated(KneeAt):
+    """A knee for every `max_num_seqs`, simulated by a calibration that may be 30 % off."""
+
+    basis, repeatable = "simulated", True
+
+    def __init__(self, calibrations: dict[int, str]) -> None:
+        self.calibrations = calibrations
+
+    def run(self, workload: Workload, profile: Profile, seed: int) -> Run:
+        seqs = profile.engine_args.max_num_seqs or 0
+        slow = workload.arrivals.rate > seqs  # type: ignore[union-attr]
+        server = self.calibrations[seqs]
+        return known_run(100.0 if slow else 1.0, seed=seed, basis="simulated", relative_error=0.3, server=server)
+
+
+@pytest.mark.parametrize(("other", "outcome"), [("a base, g4dn cluster", "held"), ("b base", "undecided")])
+def test_the_error_of_one_calibration_is_common_to_both_knees(other: str, outcome: str) -> None:
+    """3 against 4 requests/s: told apart only where both are off by the same factor."""
+    lab = Lab(Simulated({3: "a base", 4: other}))  # type: ignore[arg-type]
+
+    def knee(seqs: int) -> Knee:
+        def arm(rate: float):  # type: ignore[no-untyped-def]
+            shape = Shape(prompt_tokens=8, output_tokens=2)
+            workload = Workload(arrivals=Constant(rate=rate), shape=shape, requests=200)
+            return lab.measure(workload, PROFILE.with_engine_args(max_num_seqs=seqs))
+
+        return find_knee(arm, low=0.5, high=8.0, stable=lambda m: m.p95 <= 10)
+
+    assert (knee(4) >= knee(3)).decide().outcome == outcome
+
+
+def test_stable_must_be_a_claim() -> None:
+    lab = Lab(KneeAt(2.0))  # type: ignore[arg-type]
+    workload = Workload(arrivals=Constant(rate=1), shape=Shape(prompt_tokens=8, output_tokens=2), requests=200)
+    with pytest.raises(TypeError, match=r"stable must return a claim, such as `m.queue_delay <= 1`, got "):
+        find_knee(
+            lambda rate: lab.measure(workload, PROFILE),
+            low=0.5,
+            high=8.0,
+            stable=lambda m: m.queue_delay,  # type: ignore[arg-type,return-value]
+        )

@@ -39,7 +39,7 @@ def test_the_vocabulary_decides(pytester: pytest.Pytester) -> None:
 def test_the_vocabulary_is_complete() -> None:
     text = EXPERIMENTS.read_text(encoding="utf-8")
     figures = [name for of in (Measurement, Latency) for name in vars(of) if not name.startswith("_")]
-    not_figures = {"run", "runs", "seeds", "max_repeats", "figure", "measurement", "interval"}
+    not_figures = {"run", "runs", "seeds", "max_repeats", "figure", "measurement", "interval", "errors"}
     words = {*pytest_gpulab.__all__, *figures} - not_figures - {"EngineArgs"}
     assert [word for word in sorted(words) if not re.search(rf"\b{word}\b", text)] == []
 
