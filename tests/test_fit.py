@@ -131,6 +131,7 @@ def test_runs_that_say_nothing_about_a_term_leave_it_where_it_starts():
     assert found[unseen] == pytest.approx(prior[unseen])
 
 
+@pytest.mark.slow
 def test_the_left_out_run_has_no_say_in_its_own_prediction():
     prior = start("llama-3.1-8b", "h200")
     kept = [lone_run(TRUTH, *shape) for shape in SHAPES[:3]]

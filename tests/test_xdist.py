@@ -32,7 +32,11 @@ def spawned(project: Project) -> Project:
     return project
 
 
-@pytest.mark.parametrize("options", [["-n", "2"], ["-n", "2", "--dist", "loadfile"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [["-n", "2"], pytest.param(["-n", "2", "--dist", "loadfile"], marks=pytest.mark.slow)],
+    ids=" ".join,
+)
 def test_same_record_as_without_workers(spawned: Project, options: list[str]) -> None:
     spawned.run()
     alone = [without_times(spawned.file(suffix).read_text()) for suffix in (".json",)]
@@ -70,6 +74,7 @@ def test_items_lost_with_the_last_worker_are_missing(project: Project) -> None:
     assert {d.id: d.verdict for d in found.decisions} == {"killed": "open", "yes": "open"}
 
 
+@pytest.mark.slow
 def test_killed_worker_is_an_error_for_the_gate(project: Project) -> None:
     project.write(GOOD).run()
     project.file().rename(project.path / "baseline.json")
@@ -91,6 +96,7 @@ def test_bad_marker_is_refused_before_anything_runs(project: Project) -> None:
     assert not (project.path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_narrowed_and_stopped(project: Project) -> None:
     project.write(GOOD).write(MORE, "test_more.py")
     project.spawn("-n", "2", "-k", "test_yes")

@@ -158,6 +158,7 @@ def directly(action: str, about: str | None) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_every_call_is_allowed_and_nothing_is_that_nobody_calls(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,6 +78,7 @@ def test_nothing_goes_wrong(raised: RaisePool, cluster: Running) -> None:
     ends_at_zero(cluster, pool)
 
 
+@pytest.mark.slow
 def test_a_fleet_that_starts_warm(raised: RaisePool, cluster: Running) -> None:
     pool = raised(cluster)
     fleet = FROM_ZERO.model_copy(update={"warm": 2})
@@ -136,6 +137,7 @@ def test_no_capacity_anywhere(raised: RaisePool, tmp_path: Path) -> None:
         ends_at_zero(cluster, pool)
 
 
+@pytest.mark.slow
 def test_a_shortage_that_is_over(raised: RaisePool, tmp_path: Path) -> None:
     """Events outlive what they say: a second attempt does not fail for the first one's reasons."""
     with running(tmp_path, faults=Faults(shortages=(Shortage(),))) as cluster:

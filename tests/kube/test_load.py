@@ -126,6 +126,7 @@ class Watching:
         return any(not line.split(", ")[1].startswith("0 of") for line in self.lines)
 
 
+@pytest.mark.slow
 def test_pods_send_the_schedule_and_come_back_with_what_the_server_counted(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,7 @@ def authority(cluster: Running, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_model_is_reached_through_verified_tls(
     cluster: Running, ledger: Ledger, authority: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

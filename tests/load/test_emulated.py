@@ -71,6 +71,7 @@ def test_a_warm_cache_is_noticed(monkeypatch):
     assert any("came from a warm prefix cache" in problem for problem in warm.problems)
 
 
+@pytest.mark.slow
 def test_a_cache_that_the_workload_asks_for_is_none():
     with emulated() as endpoint:
         run = load(endpoint, WORKLOAD.model_copy(update={"shared_prefix_tokens": 128}))

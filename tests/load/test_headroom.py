@@ -40,6 +40,7 @@ def test_headroom_is_the_last_load_on_time(monkeypatch, short_rungs):
     assert measure_headroom().chunks_per_s == 40 * 128
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_too_busy_to_be_measured_has_no_headroom_of_zero(monkeypatch, short_rungs):
     """With a bound that no machine keeps: no run may be refused because of it."""
     monkeypatch.setattr("pytest_gpulab.load.headroom._MOST_LAG_S", -10.0)

@@ -64,6 +64,7 @@ class Pod:
         return out.splitlines(), errors
 
 
+@pytest.mark.slow
 def test_the_archive_alone_sends_a_share(tmp_path: Path) -> None:
     with golden_server() as url:
         pod = Pod(tmp_path, url)

@@ -30,9 +30,9 @@ def virtual(workload: Workload, scheduled: list[float], answered_at: list[float]
 @pytest.mark.parametrize(
     "admission",
     [
-        Direct(),
+        pytest.param(Direct(), marks=pytest.mark.slow),
         Direct(max_outstanding=3),
-        BoundedQueue(capacity=4, max_wait_s=30.0, max_outstanding=3),
+        pytest.param(BoundedQueue(capacity=4, max_wait_s=30.0, max_outstanding=3), marks=pytest.mark.slow),
         BoundedQueue(capacity=40, max_wait_s=0.25, max_outstanding=2),
     ],
     ids=["direct", "direct-3", "queue-4", "queue-impatient"],

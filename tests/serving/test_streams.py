@@ -48,6 +48,7 @@ def check_stream(chunks, prompt, tokens):
     return len(reasons)
 
 
+@pytest.mark.slow
 def test_500_streams():
     """All are sent at once, and nobody reads before all have been accepted."""
     streams, shortest = 500, 20
