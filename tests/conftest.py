@@ -18,6 +18,8 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Inner sessions forget what they imported: numpy must not be loaded a second time, the rest takes time.
 for module in (
+    "numpy.fft",
+    "numpy.random",
     "pytest_gpulab.baseline",
     "pytest_gpulab.lab",
     "pytest_gpulab.outcomes",

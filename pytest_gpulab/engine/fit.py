@@ -253,7 +253,7 @@ def _linear(cases: Sequence[Case], vector: Vector, prior: Vector) -> tuple[Vecto
 def _nnls() -> Callable[..., tuple[Vector, float]]:
     try:
         from scipy.optimize import nnls
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ImportError(
             "fitting a calibration needs scipy, which is not installed; pip install 'pytest-gpulab[fit]'"
         ) from error
