@@ -12,12 +12,9 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import Final, TypeVar
 
-from pytest_gpulab.errors import unknown_name
-
-if TYPE_CHECKING:
-    from pydantic import ValidationError
+from pytest_gpulab.errors import in_one_line, unknown_name
 
 VARIABLE: Final = "GPULAB_CATALOG"
 KINDS: Final = ("models", "accelerators", "calibrations")
@@ -72,17 +69,8 @@ def _facts(path: Path, form: type[Facts]) -> Facts:
     try:
         return TypeAdapter(form).validate_python(given)
     except ValidationError as wrong:
-        raise ValueError(f"{path}: {_in_words(wrong)}") from None
+        raise ValueError(f"{path}: {in_one_line(wrong, with_value=True)}") from None
 
 
 def _field_names(form: type) -> set[str]:
     return {field.name for field in fields(form)} if is_dataclass(form) else set(getattr(form, "model_fields", ()))
-
-
-def _in_words(wrong: ValidationError) -> str:
-    """The first field, what must hold and what was got; and how many more are wrong."""
-    first, *more = wrong.errors()
-    field = ".".join(map(str, first["loc"]))
-    words = (f"{field}: " if field else "") + first["msg"].removeprefix("Value error, ")
-    got = f", got {first['input']!r}" if isinstance(first["input"], str | int | float) else ""
-    return words + got + (f" (and {len(more)} more)" if more else "")

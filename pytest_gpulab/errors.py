@@ -14,8 +14,11 @@ def unknown_name(what: str, got: str, known: Iterable[str]) -> str:
     return f"unknown {what} {got!r}: {guess}known: {', '.join(names)}"
 
 
-def in_one_line(refusal: Exception) -> str:
-    """The words of `refusal`; of pydantic's many lines the first field, why, and how many more there are."""
+def in_one_line(refusal: Exception, *, with_value: bool = False) -> str:
+    """The words of `refusal`; of pydantic's many lines the first field, why, and how many more there are.
+
+    `with_value`: also what the field was given, where that is short.
+    """
     from pydantic import ValidationError
 
     if not isinstance(refusal, ValidationError):
@@ -23,4 +26,6 @@ def in_one_line(refusal: Exception) -> str:
     first, *more = refusal.errors()
     field = ".".join(map(str, first["loc"]))
     reason = first["msg"].removeprefix("Value error, ")
+    if with_value and isinstance(first["input"], str | int | float):
+        reason += f", got {first['input']!r}"
     return (f"{field}: " if field else "") + reason + (f" (and {len(more)} more)" if more else "")

@@ -352,14 +352,18 @@ class Profile(Definition):
 
     @model_validator(mode="after")
     def _shortages_are_of_its_machine(self) -> Self:
-        machine = self.instance_type or find_accelerator(self.accelerator).instance_type
         for shortage in self.fleet.faults.shortages if self.fleet else ():
-            if shortage.instance_type not in ("", machine):
+            if shortage.instance_type not in ("", self.machine):
                 raise ValueError(
-                    f"a shortage must be of the profile's machine, which is {machine}, got one of "
+                    f"a shortage must be of the profile's machine, which is {self.machine}, got one of "
                     f"{shortage.instance_type}: nobody would notice; leave instance_type out"
                 )
         return self
+
+    @property
+    def machine(self) -> str:
+        """The instance type that carries it."""
+        return self.instance_type or find_accelerator(self.accelerator).instance_type
 
     @property
     def max_model_len(self) -> int:

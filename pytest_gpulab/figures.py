@@ -135,7 +135,7 @@ def gpu_utilization(run: Run) -> float:
     """Share of the billed accelerator time in which a request ran; 0 where nothing was billed, NaN where the server
     showed no metrics.
     """
-    busy = run.totals.get("gpu_busy_seconds", _sampled_busy_seconds(run))
+    busy = run.totals["gpu_busy_seconds"] if "gpu_busy_seconds" in run.totals else _sampled_busy_seconds(run)
     billed = gpu_seconds(run)
     return busy / billed if billed else 0.0
 

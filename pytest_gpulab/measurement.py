@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from pytest_gpulab import figures
-from pytest_gpulab.definition import Definition
+from pytest_gpulab.definition import Definition, digest
 from pytest_gpulab.errors import unknown_name
 from pytest_gpulab.evidence import EXACT, Estimate, Off
 from pytest_gpulab.experiment import Direct, Profile, Workload
@@ -34,7 +33,7 @@ class Measurement:
         self.profile = profile
         self.label = label or describe(workload, profile)
         both = f"{workload.definition_hash}-{profile.definition_hash}"
-        self.id = hashlib.sha256(both.encode()).hexdigest()[:12]
+        self.id = digest(both)[:12]
         self.pulled = 0
 
     def __repr__(self) -> str:

@@ -18,7 +18,6 @@ from typing import Any, Final
 
 import yaml
 
-from pytest_gpulab.accelerators import find_accelerator
 from pytest_gpulab.experiment import Profile
 from pytest_gpulab.fleet import Autoscaling, Fleet
 from pytest_gpulab.vllm_args import to_argv
@@ -81,7 +80,7 @@ def pool_objects(
 
     Args:
         fleet: its capacity, limits and consolidation are the pools'.
-        instance_types: what the pools may buy, e.g. from `instance_type_of`.
+        instance_types: what the pools may buy, e.g. `Profile.machine`.
         run: the id that labels every object.
         machines: None: the manifest's, which only an embedded cluster accepts.
         public: None: the load balancer is internal.
@@ -193,11 +192,6 @@ def serving_name(profile: Profile) -> str:
     """A DNS label that tells this profile from every other: model, accelerator, and a digest of all of it."""
     words = re.sub(r"[^a-z0-9]+", "-", f"vllm-{profile.model}-{profile.accelerator}".lower()).strip("-")
     return f"{words[:40].rstrip('-')}-{profile.definition_hash[:8]}"
-
-
-def instance_type_of(profile: Profile) -> str:
-    """The machine that carries the profile."""
-    return profile.instance_type or find_accelerator(profile.accelerator).instance_type
 
 
 def documents(file: str) -> list[Object]:

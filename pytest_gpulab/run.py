@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Basis = Literal["simulated", "emulated", "measured"]
+
+CLIENT_FAILED: Final = "client_failed_"
+"""Begins the names of totals that count undelivered requests, by kind."""
 
 REQUEST_DTYPE = np.dtype(
     [

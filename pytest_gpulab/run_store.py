@@ -6,7 +6,6 @@ can decide on it without the machine.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pytest_gpulab.definition import digest
 from pytest_gpulab.engine.measured import MeasuredRun, table_figures
 from pytest_gpulab.experiment import ClosedLoop, Profile, Workload
 from pytest_gpulab.files import replacing
@@ -117,8 +117,8 @@ def _vllm_version(server: str) -> str:
 def _file_name(question: Question, server: str) -> str:
     """Arm, server and seed: readable, and different for different ones."""
     definitions = (question.workload.definition_hash, question.profile.definition_hash, server)
-    digest = hashlib.sha256("\n".join(definitions).encode()).hexdigest()[:12]
-    name = f"{question.profile.model}-{question.profile.accelerator}-{digest}-seed{question.seed}.npz"
+    which = digest("\n".join(definitions))[:12]
+    name = f"{question.profile.model}-{question.profile.accelerator}-{which}-seed{question.seed}.npz"
     return re.sub(r"[^\w.-]", "_", name)
 
 

@@ -50,7 +50,7 @@ def container(objects: dict[str, Object]) -> Object:
 
 def everything(profile: Profile, fleet: Fleet | None) -> list[Object]:
     return [
-        *render.pool_objects(fleet or FROM_ZERO, [render.instance_type_of(profile)], run="r1"),
+        *render.pool_objects(fleet or FROM_ZERO, [profile.machine], run="r1"),
         *render.owned_cluster_objects(run="r1"),
         *render.serving_objects(profile, fleet, run="r1", api_key="a key"),
     ]
@@ -70,7 +70,7 @@ def assert_valid(objects: list[Object]) -> None:
 def test_what_every_profile_needs_is_valid(model: str, accelerator: str):
     profile = Profile(model=model, accelerator=accelerator, engine_args={"enable_prefix_caching": False})
     assert_valid(render.serving_objects(profile, FROM_ZERO, run="r1", api_key="a key"))
-    assert_valid(render.gpu_capacity(FROM_ZERO, [render.instance_type_of(profile)], run="r1"))
+    assert_valid(render.gpu_capacity(FROM_ZERO, [profile.machine], run="r1"))
 
 
 @pytest.mark.parametrize("fleet", FLEETS.values(), ids=FLEETS)

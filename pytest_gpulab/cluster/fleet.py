@@ -32,7 +32,7 @@ from pytest_gpulab.engine.scheduler import EngineRefused
 from pytest_gpulab.engine.simulation import definition_hash, make_plan
 from pytest_gpulab.experiment import ClosedLoop, Direct, Profile, Workload, require_servable
 from pytest_gpulab.fleet import NO_FAULTS, Fleet, too_late
-from pytest_gpulab.render import NAMESPACE, documents, gpu_capacity, instance_type_of, serving_name, serving_objects
+from pytest_gpulab.render import NAMESPACE, documents, gpu_capacity, serving_name, serving_objects
 from pytest_gpulab.run import REQUEST_DTYPE, SERVER_DTYPE, Provenance, Run, end_of_run, offered_problems
 
 RUN: Final = "virtual"
@@ -176,7 +176,7 @@ class _Simulation:
 
     def _deploy(self) -> None:
         """Apply the manifests that a real cluster gets; an autoscaled Deployment does not say how many at first."""
-        capacity = gpu_capacity(self._fleet, [instance_type_of(self._profile)], run=RUN)
+        capacity = gpu_capacity(self._fleet, [self._profile.machine], run=RUN)
         for obj in (*documents("00-namespace"), *capacity, *self._serving):
             self._cluster.apply(_kind_of(obj), obj)
         self._cluster.store.patch(DEPLOYMENT, self._name, NAMESPACE, {"spec": {"replicas": self._fleet.deployed}})
@@ -342,7 +342,7 @@ def _kind_of(obj: Object) -> Resource:
 def _offerings(profile: Profile) -> tuple[Offering, ...]:
     """The profile's machine at the profile's price. FleetRefused when the emulated cloud does not sell it."""
     try:
-        machine = machine_for(instance_type_of(profile), profile.accelerator)
+        machine = machine_for(profile.machine, profile.accelerator)
     except ValueError as refusal:
         raise FleetRefused(str(refusal)) from None
     return catalog([replace(machine, price=profile.price * machine.gpus)])

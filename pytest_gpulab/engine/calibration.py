@@ -6,7 +6,6 @@ nothing in them is typed in by hand.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pytest_gpulab.accelerators import find_accelerator
 from pytest_gpulab.catalog import own_facts
+from pytest_gpulab.definition import digest
 from pytest_gpulab.experiment import Profile
 from pytest_gpulab.models import find_model
 
@@ -180,7 +180,7 @@ def costs_text(profile: Profile, calibration: Calibration) -> str:
     if calibration.name in own_calibrations():
         facts = (asdict(find_model(profile.model)), asdict(find_accelerator(profile.accelerator)))
         text = json.dumps((calibration.model_dump(mode="json"), *facts), sort_keys=True)
-        own = f" (own, {hashlib.sha256(text.encode()).hexdigest()[:12]})"
+        own = f" (own, {digest(text)[:12]})"
     return f"{calibration.name}{own} {variant_name(profile)}"
 
 

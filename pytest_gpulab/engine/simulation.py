@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-
 from pytest_gpulab.arrivals import schedule
+from pytest_gpulab.definition import digest
 from pytest_gpulab.engine.calibration import Calibration, Variant, costs_text, find_variant
 from pytest_gpulab.engine.defaults import scheduler_config
 from pytest_gpulab.engine.jumping import NeedsStepping, run_jumping
@@ -75,4 +74,4 @@ def make_plan(profile: Profile, workload: Workload, calibration: Calibration, va
 
 def definition_hash(profile: Profile, workload: Workload) -> str:
     """What a Run's provenance says of its two definitions."""
-    return hashlib.sha256((profile.definition_hash + workload.definition_hash).encode()).hexdigest()[:16]
+    return digest(profile.definition_hash + workload.definition_hash)

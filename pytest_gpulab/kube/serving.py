@@ -9,6 +9,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final
 
 from pytest_gpulab.endpoint import Endpoint, distrust
@@ -121,10 +122,7 @@ def wait_for_replicas(pool: Pool, deployment: Object, wanted: int, old: frozense
         NoCapacity: EC2 had no machine for any pool.
         WaitFailed: it took too long, or a container cannot run.
     """
-    kube, name = pool.kube, Ref.of(deployment)
-
-    def pods() -> list[Object]:
-        return _pods_of(kube, deployment)
+    kube, name, pods = pool.kube, Ref.of(deployment), partial(_pods_of, pool.kube, deployment)
 
     def ready() -> list[Object]:
         return [pod for pod in pods() if is_true(pod, "Ready")]
@@ -162,11 +160,7 @@ def _service_url(service: Object) -> str:
 
 def wait_for_answer(pool: Pool, endpoint: Endpoint, deployment: Object) -> None:
     """Until the public way leads to the model. WaitFailed when it does not."""
-    kube, name = pool.kube, Ref.of(deployment)
-
-    def pods() -> list[Object]:
-        return _pods_of(kube, deployment)
-
+    kube, name, pods = pool.kube, Ref.of(deployment), partial(_pods_of, pool.kube, deployment)
     wait(
         kube,
         f"{endpoint.url}/v1/models to list {endpoint.model}",

@@ -32,7 +32,7 @@ from pytest_gpulab.load.reconcile import (
 )
 from pytest_gpulab.load.servers import Servers
 from pytest_gpulab.load.share import Outcome, Share
-from pytest_gpulab.run import Basis, Provenance, Run, end_of_run, offered_problems
+from pytest_gpulab.run import CLIENT_FAILED, Basis, Provenance, Run, end_of_run, offered_problems
 from pytest_gpulab.run_store import Question, RunStore
 
 LONGEST_ANSWER_S = 300.0
@@ -210,7 +210,7 @@ def _totals(evidence: _Evidence) -> dict[str, float]:
         means["gpu_busy_seconds"] = evidence.scraper.busy_s
     return {
         **evidence.scraper.totals,
-        **{f"client_failed_{kind}": float(count) for kind, count in sorted(failures.items())},
+        **{f"{CLIENT_FAILED}{kind}": float(count) for kind, count in sorted(failures.items())},
         "client_connection_errors": float(failures["connect"] + failures["reset"]),
         "client_send_lag_p99_s": lag_p99(outcome.send_lag_s),
         "client_loop_lag_p99_s": lag_p99(outcome.loop_lag_s),

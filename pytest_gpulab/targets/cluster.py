@@ -13,7 +13,6 @@ from pytest_gpulab.engine.calibration import costs_text, find_variant
 from pytest_gpulab.engine.defaults import scheduler_config
 from pytest_gpulab.experiment import Profile, Workload
 from pytest_gpulab.gates import TargetRefused
-from pytest_gpulab.render import instance_type_of
 from pytest_gpulab.run import Basis, Run
 from pytest_gpulab.targets.base import LOADED_FROM, MEASURED_REPEATS, Serving, Tariff
 from pytest_gpulab.targets.fleets import loading_refusal, run_fleet
@@ -57,7 +56,7 @@ class ClusterTarget:
         try:
             calibration, variant = find_variant(profile)
             scheduler_config(profile, calibration.reserved_bytes)
-            machine = machine_for(instance_type_of(profile), profile.accelerator)
+            machine = machine_for(profile.machine, profile.accelerator)
         except ValueError as refusal:
             raise TargetRefused(str(refusal)) from None
         if unloadable := loading_refusal(profile, self._load_from):

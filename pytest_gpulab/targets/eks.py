@@ -16,7 +16,7 @@ from pytest_gpulab.aws.preflight import Request
 from pytest_gpulab.aws.supply import Need
 from pytest_gpulab.experiment import Profile, Workload
 from pytest_gpulab.gates import TargetRefused
-from pytest_gpulab.render import PublicAccess, documents, instance_type_of
+from pytest_gpulab.render import PublicAccess, documents
 from pytest_gpulab.run import Basis, Run
 from pytest_gpulab.targets.base import LOADED_FROM, MEASURED_REPEATS, Serving
 from pytest_gpulab.targets.fleets import loading_refusal, run_fleet
@@ -68,7 +68,7 @@ class EksTarget:
 
     def server(self, profile: Profile) -> str:
         """vLLM's version, the machine and its region, and where the load came from."""
-        if self._refusal(profile) or instance_type_of(profile) != self._machine:
+        if self._refusal(profile) or profile.machine != self._machine:
             return ""
         place = LOADED_FROM[self._load_from]
         return f"vllm {_vllm_version()} on {self._machine}, EKS in {self._region}, loaded from {place}"

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from pytest_gpulab.aws.billing import Meter
 from pytest_gpulab.experiment import Profile
-from pytest_gpulab.render import instance_type_of
 from pytest_gpulab.run import Run
 from pytest_gpulab.targets.base import Deploying, Tariff
 
@@ -42,7 +41,7 @@ def run_fleet(load: LoadFleet, profile: Profile, deploying: Deploying, tariff: T
     meter = Meter(fixed_usd_per_hour=0.0, price_of=tariff.price_of, budget_usd=math.inf, started=time.time())
     with deploying(profile, meter.observe) as fleet:
         run = load(endpoint=fleet.endpoint, servers=fleet)
-    bill = meter.bill(instance_type_of(profile), fleet.started, time.time())
+    bill = meter.bill(profile.machine, fleet.started, time.time())
     prices = ((0.0, f"prices: {tariff.prices}"),) if tariff.prices else ()
     return replace(
         run,

@@ -15,7 +15,7 @@ from pytest_gpulab.endpoint import Endpoint
 from pytest_gpulab.experiment import ClosedLoop, Profile, Shape, Workload
 from pytest_gpulab.gates import TargetRefused
 from pytest_gpulab.models import find_model
-from pytest_gpulab.run import Basis, Run
+from pytest_gpulab.run import CLIENT_FAILED, Basis, Run
 from pytest_gpulab.targets import machine
 from pytest_gpulab.targets.base import MEASURED_REPEATS, Serving
 from pytest_gpulab.targets.loading import Loading
@@ -30,8 +30,6 @@ WARM_UP = Workload(arrivals=ClosedLoop(concurrency=4), shape=Shape(prompt_tokens
 
 _SERVER_KEY = "VLLM_API_KEY"
 """Environment variable from which the server takes the key that it asks for."""
-
-_FAILED = "client_failed_"
 
 
 class VllmTarget:
@@ -156,8 +154,8 @@ class VllmTarget:
         """Send the first requests. StartFailed when they are not all delivered: a run's would not be either."""
         run = self._load(WARM_UP, profile, 0, server)
         if not run.requests["ok"].all():
-            failures = {name.removeprefix(_FAILED): n for name, n in run.totals.items() if name.startswith(_FAILED)}
-            counted = ", ".join(f"{n:.0f} {kind}" for kind, n in failures.items())
+            failed = [(name, n) for name, n in run.totals.items() if name.startswith(CLIENT_FAILED)]
+            counted = ", ".join(f"{n:.0f} {name.removeprefix(CLIENT_FAILED)}" for name, n in failed)
             raise StartFailed(
                 f"vLLM must answer the first {len(run.requests)} requests in full, got {counted}; see {server.log}"
             )

@@ -17,7 +17,7 @@ from pytest_gpulab.kube.ledger import Ledger
 from pytest_gpulab.kube.pool import use_cluster
 from pytest_gpulab.kube.process import Process
 from pytest_gpulab.kube.state import ledger_path
-from pytest_gpulab.render import gpu_capacity, instance_type_of
+from pytest_gpulab.render import gpu_capacity
 from tests.aws import moto_eks
 from tests.aws.test_lifecycle import everything
 from tests.cluster.serving import Served
@@ -51,7 +51,7 @@ def _put_a_pool_there(clients, ledger, kube) -> None:
     """As a session would: a run's ledger, the way in by kubeconfig, the GPU pools of the plan's machines."""
     run = Ledger.create(ledger_path("run-1"), Process.of(os.getpid()))
     machines = machines_of(find_cluster(clients, "lab"))
-    types = [instance_type_of(Profile(model="qwen2.5-0.5b", accelerator="t4"))]
+    types = [Profile(model="qwen2.5-0.5b", accelerator="t4").machine]
     with use_cluster(run, ledger.kubeconfig) as through_kubeconfig:
         apply(through_kubeconfig, run, gpu_capacity(Fleet(), types, run="run-1", machines=machines))
     made = kube.get(NODE_CLASS)

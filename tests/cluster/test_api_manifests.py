@@ -16,7 +16,7 @@ from tests.cluster.serving import Served
 PROFILE = Profile(model="qwen2.5-0.5b", accelerator="t4")
 NAME = render.serving_name(PROFILE)
 RENDERED = [
-    *render.pool_objects(FROM_ZERO, [render.instance_type_of(PROFILE)], run="r1"),
+    *render.pool_objects(FROM_ZERO, [PROFILE.machine], run="r1"),
     *render.owned_cluster_objects(run="r1"),
     *render.serving_objects(PROFILE, FROM_ZERO, run="r1", api_key="k"),
 ]
