@@ -355,14 +355,16 @@ class Comparison(Claim):
 
     def _result(self, alternatives: int) -> tuple[Result, bool]:
         """The rule's result; with identical repeats the one there is decides, and (result, True) comes back."""
-        looks = looks_for(min(source.max_repeats for source in self.sources), alternatives)
+        most = min(source.max_repeats for source in self.sources)
         self._pull(LOOKS[0].repeats)
         distinct = {_pair_key(self.sources, repeat) for repeat in range(LOOKS[0].repeats)}
         if len(distinct) == 1 and self._simulated:
             vote = self._vote(0)
             outcome: Outcome = "held" if vote == 1 else "false" if vote == -1 else "undecided"
             return Result(outcome, LOOKS[0].repeats, vote == 1, vote == -1), True
-        return decide(self._vote, looks, self._pull), False
+        # Alternatives are several chances to hold: the split pays for that. All are false only when each one is: to
+        # be wrong there, the rule must be wrong about the very one that holds, which is no likelier than alone.
+        return decide(self._vote, looks_for(most, alternatives), self._pull, looks_for(most)), False
 
     def _what_there_is(self, refusal: TargetRefused) -> Result:
         """The votes of an unfinished look: the target served for a while, then no more. Raises without any vote."""
@@ -438,7 +440,7 @@ class Comparison(Claim):
 
 
 class AnyOf(Claim):
-    """Held when one of its claims holds at an error level split between them; false when all are.
+    """Held when one of its claims holds at an error level split between them; false when each one is at the whole.
 
     An alternative that the target refuses is undecided; TargetRefused when it refuses all.
     """

@@ -25,6 +25,8 @@ class Look(NamedTuple):
 
 
 LOOKS = (Look(6, 0), Look(12, 1), Look(18, 3), Look(24, 4))
+NOTHING_PASSES = -1
+"""Dissents allowed where no vote is believed."""
 
 
 class Result(NamedTuple):
@@ -68,27 +70,32 @@ def looks_for(max_repeats: int, alternatives: int = 1) -> tuple[Look, ...]:
         fitting = next((look for look in allowed if error_probability((*looks, look)) <= budget), None)
         if repeats <= max_repeats and fitting is not None:
             looks = (*looks, fitting)
-    return looks or (Look(max_repeats, -1),)
+    return looks or (Look(max_repeats, NOTHING_PASSES),)
 
 
 def decide(
-    vote: Callable[[int], Vote], looks: tuple[Look, ...], prepare: Callable[[int], None] = lambda repeats: None
+    vote: Callable[[int], Vote],
+    looks: tuple[Look, ...],
+    prepare: Callable[[int], None] = lambda repeats: None,
+    looks_against: tuple[Look, ...] | None = None,
 ) -> Result:
     """Ask for votes 0, 1, 2, ... until a look decides; `prepare` hears before each look how many it needs.
 
-    The order of asking is fixed: what is already known or cached never changes which votes are looked at.
+    `looks` decide that the claim holds, `looks_against` (the same, if not given) that it is false. The order of
+    asking is fixed: what is already known or cached never changes which votes are looked at.
     """
+    for_held, for_false = dict(looks), dict(looks if looks_against is None else looks_against)
     held = false = seen = 0
-    for repeats, dissents in looks:
+    for repeats in sorted(for_held | for_false):
         prepare(repeats)
         for index in range(seen, repeats):
             answer = vote(index)
             held += answer == 1
             false += answer == -1
         seen = repeats
-        if repeats - held <= dissents:
+        if repeats - held <= for_held.get(repeats, NOTHING_PASSES):
             return Result("held", seen, held, false)
-        if repeats - false <= dissents:
+        if repeats - false <= for_false.get(repeats, NOTHING_PASSES):
             return Result("false", seen, held, false)
     return Result("undecided", seen, held, false)
 

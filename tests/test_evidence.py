@@ -361,7 +361,18 @@ def test_any_of_holds_with_one_and_splits_the_error() -> None:
     decided = any_of(two.p50 <= 1.5, one.p50 <= 1.5).decide()
     assert decided.outcome == "held"
     assert decided.left.n > 6
-    assert any_of(two.p50 <= 1.5, two.p50 <= 0.5).decide().outcome == "false"
+    refuted = any_of(two.p50 <= 1.5, two.p50 <= 0.5).decide()
+    assert (refuted.outcome, refuted.left.n) == ("false", 6)
+
+
+def test_six_repeats_may_refute_any_of_three_and_never_believe_it() -> None:
+    """What a quick campaign can decide."""
+    lab = known_lab(spread, max_repeats=6)
+    one, two = lab.measure(WORKLOAD, arm(1)), lab.measure(WORKLOAD, arm(2))
+    assert any_of(two.p50 <= 1.5, two.p50 <= 0.5, two.p50 <= 1.0).decide().outcome == "false"
+    undecided = any_of(two.p50 <= 1.5, one.p50 <= 1.5, two.p50 <= 1.0).decide()
+    assert undecided.outcome == "undecided"
+    assert "one of 3 alternatives needs more repeats" in undecided.reason
 
 
 # --- gates in a ledger ----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pytest_gpulab.rule import LOOKS, Look, Vote, decide, error_probability, interval_ranks, looks_for
+from pytest_gpulab.rule import LOOKS, Look, decide, error_probability, interval_ranks, looks_for
 
 COMPARISONS = 20_000
 REPEATS = LOOKS[-1].repeats
@@ -108,12 +108,27 @@ def test_the_error_level_is_split_between_alternatives(alternatives: int) -> Non
     assert alternatives * error_probability(looks) <= error_probability(LOOKS)
 
 
-@pytest.mark.parametrize("vote", [1, -1])
-def test_too_many_alternatives_for_the_repeats_stay_undecided(vote: Vote) -> None:
+def test_too_many_alternatives_for_the_repeats_stay_undecided() -> None:
     """The repeats are made all the same: they are evidence, and a longer session goes on from them."""
-    asked: list[int] = []
-    result = decide(lambda index: asked.append(index) or vote, looks_for(6, 3))
-    assert (result.outcome, result.repeats, asked) == ("undecided", 6, list(range(6)))
+    result = decide(lambda _: 1, looks_for(6, 3), looks_against=looks_for(6))
+    assert (result.outcome, result.repeats, result.held) == ("undecided", 6, 6)
+
+
+def test_a_claim_may_be_refuted_sooner_than_it_may_be_believed() -> None:
+    refuted = decide(lambda _: -1, looks_for(24, 3), looks_against=LOOKS)
+    believed = decide(lambda _: 1, looks_for(24, 3), looks_against=LOOKS)
+    assert (refuted.outcome, refuted.repeats) == ("false", 6)
+    assert (believed.outcome, believed.repeats) == ("held", 12)
+
+
+def test_alternatives_of_which_one_holds_are_rarely_all_refuted() -> None:
+    """The one at its own median, two that never hold: all three are false no more often than the one alone."""
+    coins = np.random.default_rng(7).random((COMPARISONS, REPEATS)) < 0.5
+    looks = looks_for(24, 3)
+    refuted = sum(
+        decide(lambda i, row=row: 1 if row[i] else -1, looks, looks_against=LOOKS).outcome == "false" for row in coins
+    )
+    assert refuted / COMPARISONS <= 1.1 * error_probability(LOOKS)
 
 
 @pytest.mark.parametrize(("repeats", "dissents"), LOOKS)
