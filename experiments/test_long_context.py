@@ -11,10 +11,10 @@ from pytest_gpulab import Constant, Direct, Shape, Workload, any_of, find_knee
 SHAPE = Shape(prompt_tokens=8192, output_tokens=300)
 BOUNDED = {"max_num_seqs": 32, "max_num_batched_tokens": 9216}
 
-# Requests/s: well within, the first rate that queues, and the range in which the knee is searched.
+# Requests/s: well within, one that queues, one beyond the boundary, and the range in which the knee is searched.
 RATES = {
     "t4": {"within": 0.75, "knee": 1.20, "beyond": 1.50, "low": 0.5, "high": 2.0},
-    "h100": {"within": 2.1, "knee": 2.6, "beyond": 3.0, "low": 2.1, "high": 3.0},
+    "h100": {"within": 2.1, "knee": 3.3, "beyond": 3.3, "low": 2.1, "high": 3.0},
     "h200": {"within": 2.0, "knee": 3.2, "beyond": 3.6, "low": 2.0, "high": 3.6},
 }
 
