@@ -28,7 +28,7 @@ class ClusterMachine(RuleBasedStateMachine):
             st.builds(
                 Shortage,
                 capacity_type=st.sampled_from(["", "spot"]),
-                start_s=st.floats(0, 2000),
+                start_s=st.floats(0, 1999),
                 end_s=st.floats(2000, 4000),
             ),
             max_size=2,
