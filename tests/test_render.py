@@ -14,7 +14,7 @@ from pytest_gpulab.cluster.clock import VirtualClock
 from pytest_gpulab.cluster.cloud import INSTANCE_TYPES
 from pytest_gpulab.cluster.embedded import EmbeddedCluster
 from pytest_gpulab.cluster.karpenter import Pool
-from pytest_gpulab.cluster.resources import DEPLOYMENT, NODE_CLAIM, NODE_POOL
+from pytest_gpulab.cluster.resources import DEPLOYMENT, NODE_CLAIM, NODE_CLASS, NODE_POOL
 from pytest_gpulab.experiment import Profile
 from pytest_gpulab.fleet import FROM_ZERO, Autoscaling, Fleet
 from pytest_gpulab.models import MODELS
@@ -194,8 +194,7 @@ def test_a_rendered_pool_buys_a_machine_for_a_rendered_pod(instance_type: str):
     """Taints, tolerations, selectors, requests and requirements of the two fit, and so do the claims' fields."""
     cluster = EmbeddedCluster(VirtualClock())
     for obj in render.gpu_capacity(FROM_ZERO, [instance_type], run="r1"):
-        if obj["kind"] == "NodePool":
-            cluster.apply(NODE_POOL, obj)
+        cluster.apply({"NodePool": NODE_POOL, "NodeClass": NODE_CLASS}[obj["kind"]], obj)
     pods = serving(fleet=None)["Deployment"]
     cluster.apply(DEPLOYMENT, {**pods, "metadata": {**pods["metadata"], "namespace": "default"}})
     cluster.wait("a claim", lambda: bool(cluster.store.list(NODE_CLAIM)), 60.0, lambda: ())

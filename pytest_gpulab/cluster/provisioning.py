@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from pytest_gpulab.cluster.clock import Clock, Timer
 from pytest_gpulab.cluster.cloud import Cloud, Offering
-from pytest_gpulab.cluster.conditions import condition
+from pytest_gpulab.cluster.conditions import condition, is_true
 from pytest_gpulab.cluster.durations import Durations
 from pytest_gpulab.cluster.events import Event
 from pytest_gpulab.cluster.karpenter import (
@@ -101,7 +101,12 @@ class Provisioner:
             WaitingPod(uid, pod["spec"], pod_requests(pod["spec"]), pod["metadata"]["creationTimestamp"])
             for uid, pod in waiting.items()
         ]
-        objects = {name_of(pool): pool for pool in self._store.list(NODE_POOL) if not is_deleting(pool)}
+        objects = {
+            name_of(pool): pool
+            for pool in self._store.list(NODE_POOL)
+            if not is_deleting(pool)
+            and is_true(pool, "Ready")  # "ignoring nodepool, not ready", says Karpenter's log
+        }
         pools = [Pool.of(pool) for pool in objects.values()]
         offerings = [o for o in self._cloud.offerings if self._unavailable.allows(o, now)]
         result = plan(pods, self._rooms(), pools, offerings, self._used())

@@ -15,7 +15,7 @@ from pytest_gpulab.cluster.environment import environment
 from pytest_gpulab.cluster.errors import Invalid
 from pytest_gpulab.cluster.jobs import indexes, spans
 from pytest_gpulab.cluster.objects import at, is_deleting, name_of, seconds
-from pytest_gpulab.cluster.resources import JOB, NODE_POOL, POD
+from pytest_gpulab.cluster.resources import JOB, NODE_CLASS, NODE_POOL, POD
 from tests.cluster import scene
 
 PREFIX = "batch.kubernetes.io/"
@@ -26,6 +26,7 @@ class Jobs:
 
     def __init__(self, **spec: Any) -> None:
         self.made = EmbeddedCluster(VirtualClock(), offerings=catalog(INSTANCE_TYPES))
+        self.made.apply(NODE_CLASS, scene.NODE_CLASS_DEFAULT)
         self.made.apply(NODE_POOL, scene.pool("cpu", "on-demand", gpus=20))
         self.made.kubelets.hooks.starts = lambda pod: True
         self.store = self.made.store

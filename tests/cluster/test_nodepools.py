@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pytest_gpulab.cluster.conditions import condition, is_true
 from pytest_gpulab.cluster.embedded import EmbeddedCluster
-from pytest_gpulab.cluster.resources import EC2_NODE_CLASS, NODE_CLASS, NODE_POOL
-from tests.cluster.scene import cluster
+from pytest_gpulab.cluster.resources import EC2_NODE_CLASS, NODE, NODE_CLASS, NODE_POOL
+from tests.cluster.scene import NODE_CLASS_DEFAULT, cluster
 from tests.cluster.test_lifecycle import run_for
 
 
@@ -21,11 +21,12 @@ def why(made: EmbeddedCluster) -> str:
 
 def test_a_pool_is_ready_as_long_as_its_class_is_there():
     made = cluster(deployed=None)
+    made.store.delete(NODE_CLASS, "default")
     assert not is_ready(made)
     assert why(made) == "NodeClassNotFound"
     made.apply(EC2_NODE_CLASS, {"metadata": {"name": "default"}})
     assert not is_ready(made), "that is another kind"
-    made.apply(NODE_CLASS, {"metadata": {"name": "default"}})
+    made.apply(NODE_CLASS, NODE_CLASS_DEFAULT)
     assert is_ready(made)
     assert is_true(made.store.get(NODE_CLASS, "default"), "Ready")
     made.store.delete(NODE_CLASS, "default")
@@ -34,6 +35,16 @@ def test_a_pool_is_ready_as_long_as_its_class_is_there():
 
 def test_a_pool_that_comes_after_its_class_is_ready():
     made = cluster(deployed=None, spot=False)
-    made.apply(NODE_CLASS, {"metadata": {"name": "default"}})
     run_for(made, 1)
     assert is_true(made.store.get(NODE_POOL, "gpu-on-demand"), "Ready")
+
+
+def test_nothing_is_bought_from_a_pool_until_it_is_ready():
+    """Karpenter's log says "ignoring nodepool, not ready"."""
+    made = cluster()
+    made.store.delete(NODE_CLASS, "default")
+    run_for(made, 600)
+    assert made.store.list(NODE) == []
+    made.apply(NODE_CLASS, NODE_CLASS_DEFAULT)
+    run_for(made, 600)
+    assert len(made.store.list(NODE)) == 1
