@@ -42,7 +42,7 @@ def add_reap(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="tear down what killed sessions left behind",
         description="Tears down the embedded clusters, nodes and objects of every session that died before it could, "
         "or with --cluster what one left in AWS. Sessions that are alive are left alone, and so are those of other "
-        "machines and containers. Exits 1, with a list, when something is left.",
+        "machines and containers. Exits 1, with a list, when something is left, or may be in AWS.",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--run", dest="id", metavar="ID", help="only this run (default: all)")
@@ -65,10 +65,13 @@ def _reap(options: argparse.Namespace) -> int:
 
     status = reap_runs(options.id, dead=options.dead)
     for ledger in cluster_ledgers() if options.id is None else ():
-        unseen, shows = ledger.out_of_sight(), f"`gpulab reap --cluster {ledger.name}` shows it"
-        whose = f"{unseen}; {shows}" if unseen else "its session is alive" if ledger.owner_lives() else shows
-        print(f"EKS cluster {ledger.name} has a ledger: {whose}")
-        status = 1 if unseen else status
+        unseen = ledger.out_of_sight()
+        if not unseen and ledger.owner_lives():
+            print(f"EKS cluster {ledger.name}: its session is alive; left alone")
+            continue
+        shows = f"`gpulab reap --cluster {ledger.name}` shows what is left"
+        print(f"EKS cluster {ledger.name}: {unseen or 'its session is dead'}; {shows}")
+        status = 1
     return status
 
 

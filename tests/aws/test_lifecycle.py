@@ -423,7 +423,7 @@ def test_a_cluster_of_a_machine_that_cannot_be_seen_is_reaped_when_told(clients,
     with pytest.raises(AwsError, match=r"lab was begun on laptop, which cannot be seen from here: .* add --dead"):
         reap_cluster(clients, "lab", REGION, clock=clock)
     assert main(["reap"]) == 1
-    assert "lab has a ledger: begun on laptop, which cannot be seen from here" in capsys.readouterr().out
+    assert "lab: begun on laptop, which cannot be seen from here" in capsys.readouterr().out
     assert find_cluster(clients, "lab") is not None
     reap_cluster(clients, "lab", REGION, dead=True, clock=clock)
     assert everything(clients) == {}

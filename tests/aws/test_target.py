@@ -357,8 +357,9 @@ def test_what_is_left_fails_the_session_with_a_list(world: World, project: Calla
     assert f"VPC {vpc} (0.0000 USD/h)" in output
     (name,) = set(re.findall(rf"`gpulab reap --cluster (\S+) --region {REGION} --yes` tries again", output))
     assert leaves.reap() == (
-        0,
-        f"no run has left anything\nEKS cluster {name} has a ledger: `gpulab reap --cluster {name}` shows it\n",
+        1,
+        f"no run has left anything\n"
+        f"EKS cluster {name}: its session is dead; `gpulab reap --cluster {name}` shows what is left\n",
     )
     world.clients("ec2").delete_vpc(VpcId=vpc)
     assert leaves.reap("--cluster", name)[0] == 1, "the switch is left, and the command only shows it"
