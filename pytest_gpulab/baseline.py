@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import ValidationError
 
 from pytest_gpulab.errors import in_one_line
 from pytest_gpulab.gates import Gate
 from pytest_gpulab.record import Decision, Item, Record, Verdict
+
+if TYPE_CHECKING:
+    from pytest_gpulab.options import Options
 
 GOOD: tuple[Verdict, ...] = ("supported", "caveated")
 """Verdicts that can be lost."""
@@ -65,8 +68,8 @@ def read_record(path: Path) -> Record:
         ) from None
 
 
-def load_baseline(path: Path, target: str, accelerator: str, collected: Sequence[str]) -> Record:
-    """The record at `path`, for a session that was given `collected`.
+def load_baseline(path: Path, options: Options, collected: Sequence[str]) -> Record:
+    """The record at `path`, for a session that was given `options` and `collected`.
 
     ValueError says what must hold when it is unreadable, invalid, a part, or of another setup.
     """
@@ -83,7 +86,11 @@ def load_baseline(path: Path, target: str, accelerator: str, collected: Sequence
             "the record lacks could be lost unseen; give the record of a session over the same folders, or give this "
             "session the folders of the record"
         )
-    for what, expected, got in (("target", target, record.target), ("accelerator", accelerator, record.accelerator)):
+    for what, expected, got in (
+        ("target", options.target, record.target),
+        ("accelerator", options.accelerator, record.accelerator),
+        ("load-from", options.load_from, record.session.load_from),
+    ):
         if expected != got:
             raise ValueError(
                 f"{path} is a record of {what} {got!r}, this session's is {expected!r}: verdicts of another {what} "

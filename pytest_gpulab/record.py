@@ -111,6 +111,8 @@ class SessionInfo(_Part):
     """What kept the session from running the whole catalog; empty in a full record."""
     collected: tuple[str, ...] = ()
     """Folders and files that pytest was given, from the root folder; empty in older records, which do not say."""
+    load_from: str = "client"
+    """Where the load came from: the machine that ran pytest, or pods of the cluster."""
 
 
 class Record(_Part):

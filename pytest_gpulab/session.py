@@ -229,6 +229,7 @@ class Session:
                 require=self.options.require,
                 narrowed=self._narrowed(session),
                 collected=collected(self.config),
+                load_from=self.options.load_from,
             ),
         )
 
@@ -303,9 +304,7 @@ class Session:
         from pytest_gpulab.baseline import load_baseline
 
         try:
-            return load_baseline(
-                self.options.gate, self.options.target, self.options.accelerator, collected(self.config)
-            )
+            return load_baseline(self.options.gate, self.options, collected(self.config))
         except ValueError as wrong:
             raise pytest.UsageError(f"--gpulab-gate: {wrong}") from None
 

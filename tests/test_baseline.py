@@ -280,6 +280,10 @@ def test_baseline_of_another_setup_is_refused(project: Project) -> None:
     result = project.run("--gpulab-gate=baseline.json")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert "is a record of target 'vllm', this session's is 'sim'" in "\n".join(result.errlines)
+    (project.path / "baseline.json").write_text(json.dumps({**record, "target": "cluster"}))
+    result = project.run("--gpulab-gate=baseline.json", "--gpulab-target=cluster", "--gpulab-load-from=cluster")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "is a record of load-from 'client', this session's is 'cluster'" in "\n".join(result.errlines)
 
 
 def test_baseline_of_a_narrowed_session_is_refused(project: Project) -> None:
