@@ -149,7 +149,8 @@ def test_pressure_brings_a_second_replica_that_gets_traffic(tmp_path: Path) -> N
 
         def send() -> None:
             while not enough.is_set():
-                assert stream(url, 200)
+                # When the load ends the second replica goes, a second later at this speed, and with it its streams.
+                assert stream(url, 200) or enough.is_set()
 
         load = [clients.submit(send) for _ in range(12)]
         try:
