@@ -2,6 +2,7 @@
 
 They are found by variables: ``GPULAB_BENCH_VLLM`` is a python that imports vllm, ``GPULAB_BENCH_GUIDELLM`` and
 ``GPULAB_BENCH_AIPERF`` are those commands, ``GPULAB_BENCH_TOKENIZER`` is a folder with a tokenizer, which all want.
+With ``HF_HUB_OFFLINE`` aiperf takes the folder for a name, and does not start.
 """
 
 from __future__ import annotations
