@@ -229,7 +229,7 @@ class Claim(ABC):
 
     @abstractmethod
     def decide(self, alternatives: int = 1) -> Decided:
-        """Pull repeats until the rule decides, at an error level split over so many `alternatives`."""
+        """Pull repeats until the rule decides; to hold, at an error level split over so many `alternatives`."""
 
     @property
     @abstractmethod

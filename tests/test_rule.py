@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pytest_gpulab.rule import LOOKS, Look, decide, error_probability, interval_ranks, looks_for
+from pytest_gpulab.rule import LOOKS, Look, Vote, decide, error_probability, interval_ranks, looks_for
 
 COMPARISONS = 20_000
 REPEATS = LOOKS[-1].repeats
@@ -110,8 +110,14 @@ def test_the_error_level_is_split_between_alternatives(alternatives: int) -> Non
 
 def test_too_many_alternatives_for_the_repeats_stay_undecided() -> None:
     """The repeats are made all the same: they are evidence, and a longer session goes on from them."""
-    result = decide(lambda _: 1, looks_for(6, 3), looks_against=looks_for(6))
-    assert (result.outcome, result.repeats, result.held) == ("undecided", 6, 6)
+    asked: list[int] = []
+
+    def vote(repeat: int) -> Vote:
+        asked.append(repeat)
+        return 1
+
+    result = decide(vote, looks_for(6, 3), looks_against=looks_for(6))
+    assert (result.outcome, result.repeats, asked) == ("undecided", 6, list(range(6)))
 
 
 def test_a_claim_may_be_refuted_sooner_than_it_may_be_believed() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pytest_gpulab.cluster.auto_mode import DEFAULT_CLASS
 from pytest_gpulab.cluster.clock import VirtualClock
 from pytest_gpulab.cluster.embedded import EmbeddedCluster
 from pytest_gpulab.cluster.resources import DEPLOYMENT, NODE_CLASS, NODE_POOL, SERVICE
@@ -11,7 +12,6 @@ from pytest_gpulab.experiment import Profile
 
 T4 = Profile(model="qwen2.5-0.5b", accelerator="t4", engine_args={"max_model_len": 9216})
 LABELS = {"app": "vllm"}
-NODE_CLASS_DEFAULT = {"metadata": {"name": "default"}}
 GPU_TAINT = {"key": "nvidia.com/gpu", "value": "true", "effect": "NoSchedule"}
 
 
@@ -94,7 +94,7 @@ def hpa(target: str = "4", least: int = 1, most: int = 4, metric: str = "vllm_re
 def cluster(spot: bool = True, deployed: int | None = 1, **options: Any) -> EmbeddedCluster:
     """A cluster with both pools, and the deployment unless `deployed` is None."""
     made = EmbeddedCluster(VirtualClock(), **options)
-    made.apply(NODE_CLASS, NODE_CLASS_DEFAULT)
+    made.apply(NODE_CLASS, DEFAULT_CLASS)
     if spot:
         made.apply(NODE_POOL, pool("gpu-spot", "spot", weight=100))
     made.apply(NODE_POOL, pool("gpu-on-demand", "on-demand", weight=10))

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pytest_gpulab.cluster.auto_mode import DEFAULT_CLASS
 from pytest_gpulab.cluster.clock import VirtualClock
 from pytest_gpulab.cluster.cloud import INSTANCE_TYPES, catalog
 from pytest_gpulab.cluster.embedded import EmbeddedCluster
@@ -26,7 +27,7 @@ class Jobs:
 
     def __init__(self, **spec: Any) -> None:
         self.made = EmbeddedCluster(VirtualClock(), offerings=catalog(INSTANCE_TYPES))
-        self.made.apply(NODE_CLASS, scene.NODE_CLASS_DEFAULT)
+        self.made.apply(NODE_CLASS, DEFAULT_CLASS)
         self.made.apply(NODE_POOL, scene.pool("cpu", "on-demand", gpus=20))
         self.made.kubelets.hooks.starts = lambda pod: True
         self.store = self.made.store

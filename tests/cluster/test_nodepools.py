@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pytest_gpulab.cluster.auto_mode import DEFAULT_CLASS
 from pytest_gpulab.cluster.conditions import condition, is_true
 from pytest_gpulab.cluster.embedded import EmbeddedCluster
 from pytest_gpulab.cluster.resources import EC2_NODE_CLASS, NODE, NODE_CLASS, NODE_POOL
-from tests.cluster.scene import NODE_CLASS_DEFAULT, cluster
+from tests.cluster.scene import cluster
 from tests.cluster.test_lifecycle import run_for
 
 
@@ -26,7 +27,7 @@ def test_a_pool_is_ready_as_long_as_its_class_is_there():
     assert why(made) == "NodeClassNotFound"
     made.apply(EC2_NODE_CLASS, {"metadata": {"name": "default"}})
     assert not is_ready(made), "that is another kind"
-    made.apply(NODE_CLASS, NODE_CLASS_DEFAULT)
+    made.apply(NODE_CLASS, DEFAULT_CLASS)
     assert is_ready(made)
     assert is_true(made.store.get(NODE_CLASS, "default"), "Ready")
     made.store.delete(NODE_CLASS, "default")
@@ -45,6 +46,6 @@ def test_nothing_is_bought_from_a_pool_until_it_is_ready():
     made.store.delete(NODE_CLASS, "default")
     run_for(made, 600)
     assert made.store.list(NODE) == []
-    made.apply(NODE_CLASS, NODE_CLASS_DEFAULT)
+    made.apply(NODE_CLASS, DEFAULT_CLASS)
     run_for(made, 600)
     assert len(made.store.list(NODE)) == 1
