@@ -67,10 +67,12 @@ def forecast(config: pytest.Config, store: RunStore, target: Target) -> str:
     measured = len(planned) - len(missing)
     blocked = len(missing) - len(served)
     others = f"; {blocked} more are of profiles that this target cannot serve" if blocked else ""
+    unplayed = ", ".join(chain.from_iterable(map(_unplayed, records)))
+    others += f"; not counted, because the simulator cannot play it through: {unplayed}" if unplayed else ""
     if not served:
         return (
-            f"nothing is left to measure, if the simulator is right about what the gates need: {measured} runs are "
-            f"already measured{others}"
+            "nothing is known to be left to measure, if the simulator is right about what the gates need: "
+            f"{measured} runs are already measured{others}"
         )
     return (
         f"the campaign is about {time_text(estimate_s(served))}, if the simulator is right about what its gates "
@@ -110,6 +112,13 @@ def _questions(record: Record) -> list[Question]:
         halves = [*(arm[: len(arm) // 2] for arm in arms), *(arm[len(arm) // 2 :] for arm in reversed(arms))]
         asked.update(dict.fromkeys(chain.from_iterable(halves)))
     return list(asked)
+
+
+def _unplayed(record: Record) -> list[str]:
+    """Decisions, and tests outside one, with an item whose runs the simulator could not find out."""
+    no_answer = (None, "blocked")
+    decisions = [each.id for each in record.decisions if any(item.verdict in no_answer for item in each.items)]
+    return decisions + [each.nodeid.rpartition("::")[2] for each in record.evidence if each.verdict in no_answer]
 
 
 def estimate_s(arms: Iterable[Measurement | Question]) -> float:

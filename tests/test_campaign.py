@@ -96,8 +96,32 @@ def test_a_session_is_played_through_first(pytester: pytest.Pytester, monkeypatc
         store.save(Question(TRAFFIC, SERVED, seed), known_run(1.0, seed=seed))
     assert "10 runs, 2 are already measured; 12 more" in forecast(config, store, target)
     target.server = lambda profile: ""
-    assert "nothing is left to measure" in forecast(config, store, target)
+    assert "nothing is known to be left to measure" in forecast(config, store, target)
     assert not Path(pytester.path, "reports").exists()
+
+
+def test_what_the_simulator_cannot_play_through_is_named(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has measured a B200; the machine that will may be this one."""
+    pytester.makepyfile(
+        """
+        import pytest
+        from pytest_gpulab import Poisson, Profile, Shape, Workload
+
+        TRAFFIC = Workload(arrivals=Poisson(rate=4), shape=Shape(prompt_tokens=8, output_tokens=8), duration_s=20)
+
+        @pytest.mark.decision("fp4", "Nobody knows")
+        def test_fp4(measure):
+            assert measure(TRAFFIC, Profile(model="llama-3.1-8b", accelerator="b200")).delivery_ratio >= 0.999
+
+        def test_evidence(measure):
+            assert measure(TRAFFIC, Profile(model="llama-3.1-8b", accelerator="b200")).p50 <= 1
+        """
+    )
+    config = pytester.parseconfigure("--gpulab-target=vllm", f"--rootdir={pytester.path}", str(pytester.path))
+    told = forecast(config, RunStore(Path(pytester.path, "runs")), SimpleNamespace(server=lambda profile: "vllm"))
+    assert told.endswith("not counted, because the simulator cannot play it through: fp4, test_evidence")
 
 
 def test_a_session_that_is_played_through_runs_no_ordinary_test(project: Project) -> None:
