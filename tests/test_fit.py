@@ -170,6 +170,23 @@ def test_a_calibration_needs_base_runs():
         fit_calibration([fp8], source="test")
 
 
+def test_an_unseen_effect_of_a_number_format_is_that_on_the_other_accelerator():
+    """One short FP8 prompt says nothing about long contexts; an H200 was asked about them."""
+    like = load_calibration("h200-llama-3.1-8b")
+    base = [on_h100(lone_run(TRUTH, *shape)) for shape in SHAPES]
+    fp8 = on_h100(lone_run(TRUTH, 64, 2), kv_cache_dtype="fp8")
+    made = fit_calibration([*base, fp8], source="test", like=like, check=False).calibration.variants
+    for term in ("per_context_token_s", "per_context_token_mixed_s"):
+        there = getattr(like.variants["fp8-kv"].gpu, term) / getattr(like.variants["base"].gpu, term)
+        assert getattr(made["fp8-kv"].gpu, term) / getattr(made["base"].gpu, term) == pytest.approx(there, rel=0.01)
+        assert "as in h200-llama-3.1-8b" in made["fp8-kv"].assumed[f"gpu.{term}"]
+
+
+def on_h100(run: MeasuredRun, **engine_args: object) -> MeasuredRun:
+    profile = Profile(model="llama-3.1-8b", accelerator="h100", engine_args=run.profile.engine_args)
+    return replace(run, profile=profile.with_engine_args(**engine_args))
+
+
 # --- the committed calibrations -----------------------------------------------------------------------
 
 

@@ -342,7 +342,7 @@ def fit_calibration(
     variants, left_out, opened = {}, {}, {}
     for name in ["base", *sorted(by_variant.keys() - {"base"})]:
         cases = by_variant[name]
-        factors = VARIANT_FACTORS.get((profile.accelerator, name), {})
+        factors = _format_factors(profile.accelerator, name, like)
         prior = sheet if name == "base" else _from_base(base, factors, sheet)
         vector = base if name == "base" else fit_vector(cases, prior)
         left_out[name] = leave_one_out(cases, prior) if check else []
@@ -365,6 +365,15 @@ def fit_calibration(
         variants=variants,
     )
     return FitReport(calibration, left_out, opened)
+
+
+def _format_factors(accelerator: str, name: str, like: Calibration | None) -> Mapping[str, tuple[float, str]]:
+    """What a number format should change, with the reason: on the GPU what it does in `like`, if that has it."""
+    if like is None or name not in like.variants:
+        return VARIANT_FACTORS.get((accelerator, name), {})
+    base, variant, reason = like.variants["base"].gpu, like.variants[name].gpu, f"as in {like.name}"
+    terms = [term for part, term in TERMS if part == "gpu" and getattr(base, term) > 0]
+    return {f"gpu.{term}": (getattr(variant, term) / getattr(base, term), reason) for term in terms}
 
 
 def _from_base(base: Vector, factors: Mapping[str, tuple[float, str]], sheet: Vector) -> Vector:
