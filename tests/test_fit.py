@@ -163,6 +163,13 @@ def test_the_error_of_a_run_is_that_of_the_fit_without_it():
     )
 
 
+def test_the_error_of_the_only_arm_is_that_of_where_the_fit_starts():
+    prior = start("llama-3.1-8b", "h200")
+    case = Case.of(lone_run(TRUTH, *SHAPES[0]))
+    (alone,) = leave_one_out([case], prior)
+    assert list(alone.errors.values()) == pytest.approx(list(case.errors(variant_of(prior))))
+
+
 def test_a_calibration_needs_base_runs():
     run = lone_run(TRUTH, 64, 2)
     fp8 = replace(run, profile=LLAMA.with_engine_args(kv_cache_dtype="fp8"))

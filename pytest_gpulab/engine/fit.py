@@ -192,7 +192,12 @@ def vector_of(variant: Variant) -> Vector:
 
 
 def fit_vector(cases: Sequence[Case], prior: Vector) -> Vector:
-    """The coefficients that predict the cases best, starting from `prior` (each of them above 0)."""
+    """The coefficients that predict the cases best, starting from `prior` (each of them above 0).
+
+    Without cases it is the prior: what an arm that nothing else was measured beside is predicted by.
+    """
+    if not cases:
+        return prior
     vector = prior.copy()
     best = _loss(cases, vector, prior)
     for _ in range(_MAX_ROUNDS):
