@@ -68,9 +68,11 @@ def percentile(values: NDArray[np.float64], percent: float) -> float:
     return float(np.partition(values, rank)[rank])
 
 
-def delivery_ratio(run: Run) -> float:
-    """Requests answered in full / requests offered by the schedule."""
-    return float(run.requests["ok"].mean()) if len(run.requests) else float("nan")
+def delivery_ratio(run: Run, *, timeout_s: float = math.inf) -> float:
+    """Requests answered in full, at most `timeout_s` after they were sent / requests offered by the schedule."""
+    table = run.requests
+    in_time = table["ok"] & ~(_seconds(table, "service") > timeout_s)
+    return float(in_time.mean()) if len(table) else float("nan")
 
 
 def request_rate(run: Run) -> float:

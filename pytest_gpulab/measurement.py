@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from pytest_gpulab import figures
@@ -98,7 +98,15 @@ class Measurement:
     @property
     def delivery_ratio(self) -> Estimate:
         """Requests answered in full / requests offered."""
-        return self.figure("delivery ratio", "ratio", figures.delivery_ratio, by_time=0)
+        timeout_s = self.workload.timeout_s
+        if timeout_s is None:
+            return self.figure("delivery ratio", "ratio", figures.delivery_ratio, by_time=0)
+
+        def delivered(run: Run, off: float) -> float:
+            # Only what was simulated is held against the timeout again: a client that measured has kept it itself.
+            return figures.delivery_ratio(run, timeout_s=timeout_s / (1 + off) if off else math.inf)
+
+        return self._timed("delivery ratio", "ratio", delivered)
 
     @property
     def request_rate(self) -> Estimate:
@@ -142,11 +150,10 @@ class Measurement:
     ) -> Estimate:
         """Requests/s that met every given limit (seconds)."""
         slo = _slo(e2e_s, ttft_s, tpot_s)
-        return self.figure(
+        return self._timed(
             f"goodput ({_slo_text(slo)})",
             "requests/s",
-            lambda run: figures.per_second(run, figures.useful_requests(run, slo)),
-            by_time=-1,
+            lambda run, off: figures.per_second(run, figures.useful_requests(run, _tightened(slo, off))) * (1 - off),
         )
 
     def cost_per_useful_request(
@@ -158,10 +165,10 @@ class Measurement:
         """
         price = self.profile.price
         slo = _slo(e2e_s, ttft_s, tpot_s)
-        return self.figure(
+        return self._timed(
             f"cost per useful request ({_slo_text(slo)})",
             "USD",
-            lambda run: figures.cost_per_useful_request(run, price, slo),
+            lambda run, off: figures.cost_per_useful_request(run, price, _tightened(slo, off)) * (1 + off),
         )
 
     @property
@@ -225,12 +232,17 @@ class Measurement:
         `by_time` says how it goes with the server's times: 1 grows with them (latencies, costs), -1 shrinks (rates),
         0 is a count that does not depend on how far a calibration is off.
         """
+        estimate = self._timed(label, unit, lambda run, off: of_run(run) * (1 + by_time * off))
+        return estimate if by_time else replace(estimate, errors=lambda: EXACT)
+
+    def _timed(self, label: str, unit: str, of_run: Callable[[Run, float], float]) -> Estimate:
+        """`of_run` as an Estimate: it is told by which share the run's times are too short (0.05: 5 % slower)."""
         return Estimate(
             label=f"{label} of {self.label}",
             unit=unit,
             sources=(self,),
-            value_of=lambda repeat, off: of_run(self.run(repeat)) * (1 + by_time * self._off(off)),
-            errors=lambda: self.errors if by_time else EXACT,
+            value_of=lambda repeat, off: of_run(self.run(repeat), self._off(off)),
+            errors=lambda: self.errors,
         )
 
     def _off(self, off: Off) -> float:
@@ -336,6 +348,11 @@ def _slo(e2e_s: float | None, ttft_s: float | None, tpot_s: float | None) -> dic
     if not given:
         raise ValueError("a useful request needs a limit: give e2e_s, ttft_s or tpot_s in seconds, got none")
     return given
+
+
+def _tightened(slo: dict[figures.Interval, float], off: float) -> dict[figures.Interval, float]:
+    """The limits in simulated seconds, where the server takes longer by the share `off` than it was simulated."""
+    return {interval: limit_s / (1 + off) for interval, limit_s in slo.items()}
 
 
 def _slo_text(slo: dict[figures.Interval, float]) -> str:

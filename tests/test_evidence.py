@@ -168,6 +168,28 @@ def test_delivery_is_a_count_and_is_not_widened() -> None:
     assert (m.delivery_ratio >= 0.999).decide().outcome == "held"
 
 
+@pytest.mark.parametrize(("limit_s", "outcome"), [(2.3, "held"), (2.1, "undecided")])
+def test_who_meets_a_limit_depends_on_the_calibration_error(limit_s: float, outcome: str) -> None:
+    """All answers take 2.0 s, with 10 % error 2.2 s: then nobody meets 2.1 s."""
+    lab = deterministic_lab(2.0, 0.1)
+    m = lab.measure(WORKLOAD, PROFILE)
+    impatient = lab.measure(WORKLOAD.model_copy(update={"timeout_s": limit_s}), PROFILE)
+    for claim in (
+        m.goodput(e2e_s=limit_s) >= 0.5,
+        m.cost_per_useful_request(e2e_s=limit_s) <= 1.0,
+        impatient.delivery_ratio >= 0.999,
+    ):
+        assert claim.decide().outcome == outcome, claim.text
+
+
+def test_a_measured_delivery_is_what_the_client_counted() -> None:
+    """Its clock may show an answer just beyond the timeout that it still took."""
+    m = known_lab(lambda _, seed: known_run(2.0001, seed=seed)).measure(
+        WORKLOAD.model_copy(update={"timeout_s": 2.0}), PROFILE
+    )
+    assert (m.delivery_ratio >= 0.999).decide().outcome == "held"
+
+
 @pytest.mark.parametrize(
     ("other_server", "outcome"), [("a", "held"), ("a, g4dn cluster", "held"), ("b", "undecided")]
 )
