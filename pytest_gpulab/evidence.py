@@ -18,7 +18,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from pytest_gpulab.definition import digest
-from pytest_gpulab.gates import Figure, Gate, Role, TargetRefused, ledger_of_gate
+from pytest_gpulab.gates import Figure, Gate, Role, TargetRefused, current_ledger, ledger_of_gate
 from pytest_gpulab.rule import LOOKS, Outcome, Result, Vote, decide, interval_ranks, looks_for
 from pytest_gpulab.source import Place, place_of_assert, place_of_call
 
@@ -49,7 +49,7 @@ class Estimate:
         sources: the measurements it is computed from.
         value_of: repeat index (from 0), and how far servers' times are off, to value in `unit`.
         errors: the calibrations behind it, and by how much each may be off; none where it was measured or counted.
-        sample_floor: requests that every run must offer for the value to mean anything.
+        shortage: repeat index to what its run has too few of for the value to mean anything; empty if it has enough.
     """
 
     label: str
@@ -57,7 +57,7 @@ class Estimate:
     sources: tuple[Measurement, ...]
     value_of: Callable[[int, Off], float]
     errors: Callable[[], Off]
-    sample_floor: int = 1
+    shortage: Callable[[int], str] = lambda repeat: ""
 
     @property
     def value(self) -> float:
@@ -179,7 +179,7 @@ def _combined(
         left.sources + right.sources,
         lambda repeat, off: combine(left.value_of(repeat, off), right.value_of(repeat, off)),
         lambda: {**left.errors(), **right.errors()},
-        max(left.sample_floor, right.sample_floor),
+        lambda repeat: left.shortage(repeat) or right.shortage(repeat),
     )
 
 
@@ -195,9 +195,14 @@ def _end(extreme: Callable[[Iterable[float]], float], ends: Iterable[float], exa
 
 
 def require_number(side: str, sign: str, value: object) -> None:
-    """TypeError unless `value`, at the right of `sign`, is a plain number; `side` says what stands at the left."""
+    """`value`, at the right of `sign`, must be a plain number; `side` says what stands at the left.
+
+    TypeError for anything else, ValueError for NaN.
+    """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{side} {sign} must be given a plain number, got {value!r}")
+    if math.isnan(value):
+        raise ValueError(f"{side} {sign} must be given a number, got {value!r}, which nothing can be compared with")
 
 
 def _require_same_unit(left: Estimate, sign: str, right: Estimate) -> None:
@@ -226,6 +231,9 @@ class Claim(ABC):
 
     _reason = ""
     """Of the gate it was last asked as."""
+
+    splits = True
+    """Whether it can be one of several alternatives, each at its share of the error level."""
 
     @abstractmethod
     def decide(self, alternatives: int = 1) -> Decided:
@@ -262,8 +270,12 @@ class Claim(ABC):
 
         TypeError outside of ``assert``.
         """
-        place = place_of_assert(sys._getframe(1))
-        return self.gate("gate", place).outcome != "false"
+        frame = sys._getframe(1)
+        held = self.gate("gate", place_of_assert(frame)).outcome != "false"
+        ledger = current_ledger()
+        if ledger is not None and not held:
+            ledger.refuted, ledger.refuted_in = self, frame
+        return held
 
     def gate(self, role: Role, place: Place, note: str = "") -> Gate:
         """Decide this claim, and record it in the item that asks: once in each role, however often it asks."""
@@ -272,7 +284,7 @@ class Claim(ABC):
             return self._make_gate(role, place, note)
         if (self, role) not in ledger.asked:
             gate = self._make_gate(role, place, note, ledger.unmet)
-            ledger.record(gate)
+            ledger.record(gate, self.sources)
             ledger.asked[self, role] = gate
         return ledger.asked[self, role]
 
@@ -329,8 +341,12 @@ class Comparison(Claim):
         return f"{self.left.label} {self.operator} {right} ({arms})"
 
     @property
+    def _estimates(self) -> list[Estimate]:
+        return [side for side in (self.left, self.right) if isinstance(side, Estimate)]
+
+    @property
     def sources(self) -> tuple[Measurement, ...]:
-        return self.left.sources + (self.right.sources if isinstance(self.right, Estimate) else ())
+        return tuple(source for side in self._estimates for source in side.sources)
 
     def decide(self, alternatives: int = 1) -> Decided:
         try:
@@ -342,6 +358,8 @@ class Comparison(Claim):
         outcome, why = result.outcome, votes_text(result, deterministic) + ended
         if outcome == "undecided" and alternatives > 1 and not ended:
             why += f"; one of {alternatives} alternatives needs more repeats than a claim alone"
+        if outcome == "undecided" and self._unknown_in_all(result.repeats):
+            why = f"it has no value in any of {result.repeats} runs"
         invalid = self._invalid(result.repeats)
         if invalid:
             outcome, why = "undecided", invalid
@@ -362,6 +380,8 @@ class Comparison(Claim):
             vote = self._vote(0)
             outcome: Outcome = "held" if vote == 1 else "false" if vote == -1 else "undecided"
             return Result(outcome, LOOKS[0].repeats, vote == 1, vote == -1), True
+        if self._unknown_in_all(LOOKS[0].repeats):  # more repeats would show no more
+            return Result("undecided", LOOKS[0].repeats, 0, 0), False
         # Alternatives are several chances to hold: the split pays for that. All are false only when each one is: to
         # be wrong there, the rule must be wrong about the very one that holds, which is no likelier than alone.
         return decide(self._vote, looks_for(most, alternatives), self._pull, looks_for(most)), False
@@ -418,17 +438,21 @@ class Comparison(Claim):
             return None
         return _COMPARE[self.operator](left, right)
 
+    def _unknown_in_all(self, repeats: int) -> bool:
+        """Whether a side never has a value: 0 / 0, a latency of none, what the server did not show."""
+        return any(all(math.isnan(side.value_of(r, EXACT)) for r in range(repeats)) for side in self._estimates)
+
     def _invalid(self, repeats: int) -> str:
         """Why the evidence cannot decide, or nothing."""
-        floor = max(self.left.sample_floor, self.right.sample_floor if isinstance(self.right, Estimate) else 1)
-        for source in self.sources:
-            for repeat in range(repeats):
+        for repeat in range(repeats):
+            for source in self.sources:
                 run = source.run(repeat)
                 if run.problems:
                     return f"invalid evidence (seed {run.provenance.seed}): {'; '.join(run.problems)}"
-                if len(run.requests) < floor:
-                    return f"this figure needs {floor} requests a run, {source.label} offered {len(run.requests)}"
-        return ""
+            short = next(filter(None, (side.shortage(repeat) for side in self._estimates)), "")
+            if short:
+                return short
+        return _several_servers(self.sources)
 
     def _figures(self, repeats: int, errors: Off) -> tuple[Figure, Figure]:
         """Both sides over the first `repeats` repeats, their ends widened by `errors`."""
@@ -437,6 +461,17 @@ class Comparison(Claim):
             return left, self.right.figure(repeats, errors=errors)
         value = float(self.right)
         return left, Figure(label="constant", value=value, low=value, high=value, n=0, unit=self.left.unit)
+
+
+def _several_servers(sources: tuple[Measurement, ...]) -> str:
+    """Why measured arms on one accelerator are no pairs: another vLLM or driver would be part of what they show."""
+    served: dict[str, set[str]] = {}
+    for source in sources:
+        provenance = source.run(0).provenance
+        if provenance.basis == "measured":
+            served.setdefault(source.profile.accelerator, set()).add(provenance.server)
+    differ = next((sorted(servers) for servers in served.values() if len(servers) > 1), None)
+    return f"the arms were measured on different servers ({'; '.join(differ)})" if differ else ""
 
 
 class AnyOf(Claim):
@@ -448,6 +483,12 @@ class AnyOf(Claim):
     def __init__(self, claims: tuple[Claim, ...]) -> None:
         if len(claims) < 2 or not all(isinstance(claim, Claim) for claim in claims):
             raise TypeError(f"any_of needs at least two claims such as `a.p95 <= 2.0`, got {claims!r}")
+        whole = next((claim for claim in claims if not claim.splits), None)
+        if whole is not None:
+            raise TypeError(
+                f"any_of splits the error level between its claims, which `{whole.text}` cannot: its search has used "
+                "the whole of it; compare figures at one rate instead, or assert it in a test of its own"
+            )
         self.claims = claims
 
     @property

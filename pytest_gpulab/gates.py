@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict
@@ -80,15 +82,26 @@ class Ledger:
     """Why a gate was asked that could not be recorded: the item then says nothing."""
     unmet: str = ""
     """The text of the first requirement that did not hold; later gates are undecided because of it."""
+    refuted: Claim | None = None
+    """Of the last false gate that was asserted."""
+    refuted_in: FrameType | None = None
+    """Where that was: only an AssertionError from there is its own."""
+    process: int = field(default_factory=os.getpid)
 
-    def record(self, gate: Gate) -> None:
-        """Add `gate`; RuntimeError in a fixture, where a false gate could not reject anything."""
+    def record(self, gate: Gate, sources: Sequence[Measurement] = ()) -> None:
+        """Add `gate`, decided by `sources`; RuntimeError in a fixture, where a false gate could not reject anything.
+
+        A measurement that a shared fixture made, on whatever target, is evidence of each item that asks it.
+        """
         if not self.in_test:
             raise RuntimeError(
                 f"{gate.file}:{gate.line}: a gate must stand in the test, not in a fixture; "
                 "let the fixture return the measurement and assert on it in the test"
             )
         self.gates.append(gate)
+        for source in sources:
+            if source.pulled and not any(source is known for known in self.measurements):
+                self.measurements.append(source)
         if gate.role == "requires" and gate.outcome != "held" and not self.unmet:
             self.unmet = f"{gate.note}: {gate.reason}"
 
@@ -110,6 +123,11 @@ def ledger_of_gate(where: str) -> Ledger | None:
     RuntimeError where the item cannot be told: in a thread that did not inherit it, or that outlived it.
     """
     ledger = _ledger.get()
+    if ledger is not None and ledger.process != os.getpid():
+        raise RuntimeError(
+            f"{where}: a gate must be asked in the test's own process, got one in a process that it forked: the "
+            "answer would be lost; hand back the measurement and assert on it in the test"
+        )
     if (ledger is None and not _open) or any(ledger is one for one in _open):
         return ledger
     lost = (

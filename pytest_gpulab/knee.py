@@ -16,12 +16,13 @@ UNIT = "requests/s"
 
 @dataclass(frozen=True)
 class Point:
-    """One rate that was tried: what the stability claim asked and came to, and the measurement."""
+    """One rate that was tried: what the stability claim asked and came to, and the measurement, so often repeated."""
 
     rate: float
     outcome: Outcome
     reason: str
     measurement: Measurement
+    repeats: int
     definition: str
 
 
@@ -47,6 +48,16 @@ class Knee:
     def errors(self) -> Off:
         """The calibrations behind it, and how far each may be off."""
         return {name: error for point in self.points for name, error in point.measurement.errors.items()}
+
+    @property
+    def gap(self) -> str:
+        """Why the bracket is wider than it was asked to be, or has no end; empty when it is neither."""
+        for point in self.points:
+            if point.outcome == "undecided":
+                return f"at {point.rate:.3g} {UNIT}: {point.reason}"
+        if math.isinf(self.unstable_rate):
+            return f"{self.stable_rate:.3g} {UNIT}, the highest rate tried, was still stable"
+        return ""
 
     def figure(self, errors: Off) -> Figure:
         """The bracket as a figure, ends widened by the largest of `errors`; the value is its middle."""
@@ -79,6 +90,8 @@ class Knee:
 class KneeClaim(Claim):
     """A bracket against a rate or against another bracket."""
 
+    splits = False
+
     def __init__(self, left: Knee, operator: str, right: Knee | float) -> None:
         if not isinstance(right, Knee):
             require_number("a knee (in requests/s, against another knee or a rate)", operator, right)
@@ -95,17 +108,24 @@ class KneeClaim(Claim):
         return f"{self.left.definition} {self.operator} {right}"
 
     @property
+    def _knees(self) -> list[Knee]:
+        return [self.left, *([self.right] if isinstance(self.right, Knee) else [])]
+
+    @property
     def sources(self) -> tuple[Measurement, ...]:
-        knees = [self.left, *([self.right] if isinstance(self.right, Knee) else [])]
-        return tuple(point.measurement for knee in knees for point in knee.points)
+        return tuple(point.measurement for knee in self._knees for point in knee.points)
 
     def decide(self, alternatives: int = 1) -> Decided:
-        """Compare the brackets; the repeats were spent in the search, so `alternatives` changes nothing."""
+        """Compare the brackets; the repeats were spent in the search, maybe for an item before this one."""
+        for knee in self._knees:
+            for point in knee.points:
+                point.measurement.pulled = max(point.measurement.pulled, point.repeats)
+        errors = {name: error for knee in self._knees for name, error in knee.errors.items()}
         left = self.left.figure(self.left.errors)
         if isinstance(self.right, Knee):
             right = self.right.figure(self.right.errors)
             if self.left.errors == self.right.errors:  # both are off by the same factor
-                left, right = self.left.figure(EXACT), self.right.figure(EXACT)
+                left, right, errors = self.left.figure(EXACT), self.right.figure(EXACT), {}
         else:
             rate = float(self.right)
             right = Figure(label="constant", value=rate, low=rate, high=rate, n=0, unit=UNIT)
@@ -116,6 +136,10 @@ class KneeClaim(Claim):
         elif most.high < least.low:
             outcome = "false"
         reason = f"{left.label} {figure_text(left)} against {figure_text(right)}: {outcome} by the bracket"
+        if outcome == "undecided":
+            reason += "".join(f"; {knee.gap}" for knee in self._knees if knee.gap)
+        if errors:
+            reason += f" (calibration error {max(errors.values()):.1%} included)"
         return Decided(outcome, reason, left, self.operator, right)
 
 
@@ -131,7 +155,7 @@ def find_knee(
 
     `arm` measures at a rate; `stable` claims that a measurement is stable, e.g. ``lambda m: m.queue_delay <= 1``.
     An undecided rate ends the search, and so does a target that serves no more: the bracket then stays as wide as it
-    is. ValueError for an impossible range.
+    is. ValueError for an impossible range, or an arm that does not depend on the rate.
     """
     if not 0 < low < high < math.inf:
         raise ValueError(f"a knee search needs 0 < low < high requests/s, got low={low} and high={high}")
@@ -141,6 +165,12 @@ def find_knee(
 
     def outcome(rate: float) -> Outcome:
         measurement = arm(rate)
+        same = next((point for point in points if point.measurement.id == measurement.id), None)
+        if same is not None:
+            raise ValueError(
+                f"arm must measure at the rate that it is given, got the same measurement at {same.rate:.3g} and "
+                f"{rate:.3g} {UNIT}; use the rate, e.g. `lambda rate: measure(at(rate), profile)`"
+            )
         try:
             claim = stable(measurement)
             if not isinstance(claim, Claim):
@@ -150,7 +180,7 @@ def find_knee(
             if not points:
                 raise
             return "undecided"  # the target served for a while, then no more
-        points.append(Point(rate, decided.outcome, decided.reason, measurement, claim.definition))
+        points.append(Point(rate, decided.outcome, decided.reason, measurement, measurement.pulled, claim.definition))
         return decided.outcome
 
     knee = _bracket(outcome, low, high, resolution)

@@ -298,20 +298,29 @@ class Latency:
     def percentile(self, percent: float) -> Estimate:
         """The nearest-rank percentile over all offered requests, undelivered ones infinite.
 
-        It needs the more requests a run the closer it is to 0 or 100. ValueError outside of that range.
+        It needs the more requests a run the closer it is to 0 or 100. ValueError below 1 and from 100 on.
         """
-        if not 0 < percent < 100:
+        if not 1 <= percent < 100:
             raise ValueError(
-                f"a percentile must be more than 0 and less than 100 (99.9 is one), got {percent}; for the share of "
-                "requests that were answered ask delivery_ratio"
+                f"a percentile must be at least 1 and less than 100 (95 or 99.9, not 0.95), got {percent}; for the "
+                "share of requests that were answered ask delivery_ratio"
             )
+        floor = figures.sample_floor(percent)
+
+        def shortage(repeat: int) -> str:
+            offered = len(figures.latencies(self.measurement.run(repeat), self.interval))
+            of = " of two tokens or more" if self.interval == "tpot" else ""
+            label = self.measurement.label
+            return (
+                f"this figure needs {floor} requests{of} a run, {label} offered {offered}" if offered < floor else ""
+            )
+
         estimate = self.measurement.figure(
             f"p{percent:g} {self.interval}",
             "s",
             lambda run: figures.percentile(figures.latencies(run, self.interval), percent),
         )
-        estimate.sample_floor = figures.sample_floor(percent)
-        return estimate
+        return replace(estimate, shortage=shortage)
 
 
 def describe(workload: Workload, profile: Profile) -> str:

@@ -154,13 +154,14 @@ def _evidence(entry: Entry, item: Item, shown: Mapping[str, Any]) -> Evidence:
 
 
 def _merged(runs: Iterable[Mapping[str, Any]]) -> tuple[RunSummary, ...]:
-    """One summary a definition, sorted by label: of the item that repeated it most often."""
-    best: dict[str, RunSummary] = {}
+    """One summary a definition and server, sorted by label: of the item that repeated it most often."""
+    best: dict[tuple[str, ...], RunSummary] = {}
     for run in map(RunSummary.model_validate, runs):
-        known = best.get(run.id)
+        key = run.id, run.target, run.basis, run.server
+        known = best.get(key)
         if known is None or (-len(run.seeds), run.label) < (-len(known.seeds), known.label):
-            best[run.id] = run
-    return tuple(sorted(best.values(), key=lambda run: (run.label, run.id)))
+            best[key] = run
+    return tuple(sorted(best.values(), key=lambda run: (run.label, run.id, run.target, run.server)))
 
 
 def _definition_hash(gates: Iterable[Gate]) -> str:

@@ -50,8 +50,12 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None, Any, Any]:
-    session_of(config).check_items(items)
-    return (yield)
+    session = session_of(config)
+    session.check_items(items)
+    result = yield
+    session.check_items(items)
+    session.leave_ordinary_tests(items)
+    return result
 
 
 @pytest.hookimpl(tryfirst=True)

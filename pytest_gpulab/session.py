@@ -38,7 +38,8 @@ def is_worker(config: pytest.Config) -> bool:
 
 def runs_nothing(config: pytest.Config) -> bool:
     """Whether pytest was asked to show something instead of running tests."""
-    return any(config.getoption(name, False) for name in ("collectonly", "setupplan", "setuponly"))
+    shows = ("collectonly", "setupplan", "setuponly", "showfixtures", "show_fixtures_per_test", "cacheshow")
+    return any(config.getoption(name, False) for name in shows)
 
 
 class Session:
@@ -60,6 +61,7 @@ class Session:
         """Node ids of entered items that will not run, although no option says so."""
         self._outcomes: dict[str, Reported] = {}
         self._collection_errors: dict[str, str] = {}
+        self._skipped_files: list[str] = []
         self._reported: set[str] = set()
         self._failed: set[str] = set()
         self._stopped = ""
@@ -82,21 +84,23 @@ class Session:
     # --- collection -----------------------------------------------------------------------------------------
 
     def check_items(self, items: list[pytest.Item]) -> None:
-        """Read the markers of everything collected, before anything is deselected.
+        """Read the markers of what is collected: of all before anything is deselected, then those added meanwhile.
 
         UsageError on bad ones; a worker tells its controller instead and runs nothing.
         """
-        self._problems = enter(items)
-        if self.options.target == "plan":
-            self._leave_ordinary_tests(items)
-        self._entered = catalog_of(items)
+        self._problems += enter(items)
+        self._entered.update(catalog_of(items))
+        if self._entered and not __debug__:
+            self._problems.append("gates are asserts, which python -O and PYTHONOPTIMIZE leave out; run without them")
         if self._problems and is_worker(self.config):
             items.clear()
         elif self._problems:
             raise pytest.UsageError("\n".join(self._problems))
 
-    def _leave_ordinary_tests(self, items: list[pytest.Item]) -> None:
+    def leave_ordinary_tests(self, items: list[pytest.Item]) -> None:
         """A session that is only played through must not do twice what is none of its business."""
+        if self.options.target != "plan":
+            return
         ordinary = [item for item in items if entry_of(item) is None]
         items[:] = [item for item in items if entry_of(item) is not None]
         self.config.hook.pytest_deselected(items=ordinary)
@@ -146,10 +150,12 @@ class Session:
             Path(folder, f"{workerinput['workerid']}.json").write_text(json.dumps(left), encoding="utf-8")
 
     def note_collection(self, report: pytest.CollectReport) -> None:
-        """A folder or file that cannot be collected may hold decisions."""
+        """A folder or file that cannot be collected may hold decisions, and one that is skipped as a whole too."""
         if report.failed:
             last = self._from_root(_last_line(report.longreprtext))
             self._collection_errors[report.nodeid] = f"could not be collected: {last}"
+        elif report.skipped and _names_evidence(self.config.rootpath / report.nodeid):
+            self._skipped_files.append(report.nodeid)
 
     # --- running --------------------------------------------------------------------------------------------
 
@@ -243,6 +249,8 @@ class Session:
             return f"a plugin left out {self._left_out[0]}" + (f" and {more} more" if more else "")
         if self._collection_errors:
             return f"could not collect {', '.join(sorted(self._collection_errors))}"
+        if self._skipped_files:
+            return f"skipped as a whole: {', '.join(sorted(set(self._skipped_files)))}"
         if session.exitstatus == pytest.ExitCode.INTERNAL_ERROR:
             return "internal error"
         stopped = self._stopped or str(session.shouldfail or session.shouldstop or "")
@@ -355,6 +363,15 @@ def _skip_reason(report: pytest.TestReport) -> str:
 def _last_line(text: str) -> str:
     lines = [line.removeprefix("E").strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "no message"
+
+
+def _names_evidence(file: Path) -> bool:
+    """Whether a file that nobody could look into seems to hold experiments: most that skip themselves do not."""
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return any(word in text for word in ("mark.decision", "measure("))
 
 
 def _git_commit(root: Path, files: Iterable[str]) -> str:

@@ -45,7 +45,7 @@ def place_of_assert(frame: FrameType) -> Place:
     if not isinstance(statement, ast.Assert):
         raise TypeError(f"{where}: a gate has a truth only in an assert statement: {ADVICE}")
     operands = _conjuncts(statement.test)
-    hidden = any(_hides_undecided(node) for node in operands) or _asked_inside(frame, statement.test)
+    hidden = any(_hides_undecided(node) for node in operands) or _asked_inside(frame, statement)
     if hidden or not _asked_by_jump(frame):
         raise TypeError(f"{where}: a gate must not stand under `or`, `not`, `if`, `any` or `all`: {ADVICE}")
     alone = len(operands) == 1 and not (isinstance(statement.test, ast.Compare) and len(statement.test.ops) > 1)
@@ -74,14 +74,14 @@ def _hides_undecided(node: ast.AST) -> bool:
     return isinstance(node, ast.IfExp | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp | ast.Lambda)
 
 
-def _asked_inside(frame: FrameType, test: ast.expr) -> bool:
-    """Whether the asking instruction lies within a part of `test` that would lose an undecided answer."""
+def _asked_inside(frame: FrameType, statement: ast.Assert) -> bool:
+    """Whether the asking instruction lies within a part of the assert that would lose an undecided answer."""
     positions = list(frame.f_code.co_positions())
     line, last_line, column, last_column = positions[frame.f_lasti // 2]
     if line is None or last_line is None or column is None or last_column is None:
         return False
-    for node in ast.walk(test):
-        if isinstance(node, ast.expr) and _hides_undecided(node):
+    for node in ast.walk(statement):
+        if node is statement.msg or (isinstance(node, ast.expr) and _hides_undecided(node)):
             start = (node.lineno, node.col_offset)
             end = (node.end_lineno or node.lineno, node.end_col_offset or node.col_offset)
             if start <= (line, column) and (last_line, last_column) <= end:

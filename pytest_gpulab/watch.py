@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Generator
 from traceback import format_exception
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -73,14 +74,7 @@ class Watch:
                     raise pytest.fail.Exception(self.judgement.reason, pytrace=False) from None
                 raise pytest.skip.Exception(f"blocked: {refusal}") from None
             finally:
-                self._adopt()
-
-    def _adopt(self) -> None:
-        """Take in measurements that a shared fixture made for an earlier item and that gates here have asked."""
-        self._known.update({id(measurement): measurement for measurement in self.ledger.measurements})
-        asked = {run for gate in self.ledger.gates for run in gate.runs}
-        asked -= {measurement.id for measurement in self.ledger.measurements}
-        self.ledger.measurements += [m for m in self._known.values() if m.id in asked and m.pulled]
+                self._known.update({id(measurement): measurement for measurement in self.ledger.measurements})
 
     def call(self) -> Generator[None, Any, Any]:
         """Run the body and judge it. Errors of its own (a decision without a gate) are raised as failures."""
@@ -88,14 +82,14 @@ class Watch:
         result, ended = None, None
         try:
             result = yield from self.during("call")
-        except (KeyboardInterrupt, SystemExit, GeneratorExit, pytest.exit.Exception):
+        except (KeyboardInterrupt, GeneratorExit, pytest.exit.Exception):
             raise
         except BaseException as exception:
             ended = exception
         if first is not None:
             return self._keep(first, ended)
         if self.judgement is None:
-            self.judgement = self._judge(_ending_of(ended))
+            self.judgement = self._judge(_ending_of(ended, self.ledger.refuted_in))
         if ended is None and self.judgement.verdict is None and self.judgement.reason:
             raise pytest.fail.Exception(self.judgement.reason, pytrace=False)
         if ended is not None and self.judgement.verdict not in ("open", "partial"):
@@ -114,6 +108,8 @@ class Watch:
             report.outcome, report.longrepr = "failed", self.judgement.reason
         if self.judgement is None or (report.when == "setup" and report.passed):
             return
+        if report.failed and self.judgement.verdict not in (None, "rejected") and not self.stands:
+            self.judgement = Judgement(None, f"the test failed, though no gate refuted anything: {_crash(report)}")
         if self.judgement.verdict == "blocked":
             path, line, _ = self.item.location
             report.longrepr = (path, (line or 0) + 1, f"Skipped: blocked: {self.judgement.reason}")
@@ -149,7 +145,7 @@ class Watch:
         if judgement.verdict == "rejected" and judgement.reason not in str(ended):
             ended.add_note(judgement.reason)
         ordinary = self.entry.decision is None and not self.ledger.gates
-        if judgement.verdict is not None or ordinary or judgement.reason == _ending_of(ended).reason:
+        if judgement.verdict is not None or ordinary or judgement.reason == _ending_of(ended, None).reason:
             return ended
         if isinstance(ended, Exception):
             ended.add_note(f"gpulab: no verdict: {judgement.reason}")
@@ -256,14 +252,13 @@ def make_report(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.
 
 
 def explain_comparison(left: object, right: object) -> list[str] | None:
-    """The numbers of the gate that just failed, for pytest's assertion message; None when it is no gate."""
+    """The numbers of the gate that just failed, for pytest's assertion message; None for any other comparison."""
     ledger = _open_ledger()
-    if ledger is None or not ledger.gates:
+    if ledger is None or ledger.refuted is None:
         return None
-    if not any(type(side).__module__.startswith("pytest_gpulab.") for side in (left, right)):
-        return None
-    gate = ledger.gates[-1]
-    return [gate.text, gate.reason]
+    claim, gate = ledger.refuted, ledger.gates[-1]
+    own = getattr(claim, "left", None) is left and getattr(claim, "right", None) is right
+    return [gate.text, gate.reason] if own else None
 
 
 def _new_watch(item: pytest.Item) -> Watch | None:
@@ -282,7 +277,8 @@ def _open_ledger() -> Ledger | None:
     return gates.current_ledger() if gates is not None else None
 
 
-def _ending_of(exception: BaseException | None) -> Ending:
+def _ending_of(exception: BaseException | None, refuted_in: FrameType | None) -> Ending:
+    """How the body ended; an AssertionError has a place only in the frame that asked the last false gate."""
     if exception is None:
         return Ending("passed")
     exception = _assertion_in(exception) or exception
@@ -297,9 +293,16 @@ def _ending_of(exception: BaseException | None) -> Ending:
     trace = exception.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    if trace is None:
+    if trace is None or trace.tb_frame is not refuted_in:
         return Ending("asserted", reason)
     return Ending("asserted", reason, trace.tb_frame.f_code.co_filename, trace.tb_lineno)
+
+
+def _crash(report: pytest.TestReport) -> str:
+    """Why `report` says that the test failed, in a line."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    text = crash.message if crash is not None else report.longreprtext
+    return text.strip().splitlines()[0] if text.strip() else "it does not say why"
 
 
 def _assertion_in(exception: BaseException) -> AssertionError | None:

@@ -24,7 +24,7 @@ def known_run(
     relative_error: float = 0.0,
     server: str = "known",
     problems: tuple[str, ...] = (),
-    output_tokens: int = 11,
+    output_tokens: int | Sequence[int] = 11,
 ) -> Run:
     """Request i comes at i seconds; its answer starts after half of its latency and ends after all of it."""
     table = np.zeros(requests, dtype=REQUEST_DTYPE)

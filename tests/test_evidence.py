@@ -318,9 +318,9 @@ def test_a_percentile_needs_two_requests_beyond_it(percent: float, floor: int) -
         assert (m.e2e.percentile(percent) <= 9.0).decide().outcome == outcome
 
 
-@pytest.mark.parametrize("percent", [-5, 0, 100, 101, math.nan])
-def test_a_percentile_lies_between_0_and_100(percent: float) -> None:
-    with pytest.raises(ValueError, match=r"must be more than 0 and less than 100 .*, got"):
+@pytest.mark.parametrize("percent", [-5, 0, 0.95, 100, 101, math.nan])
+def test_a_percentile_lies_between_1_and_100(percent: float) -> None:
+    with pytest.raises(ValueError, match=r"must be at least 1 and less than 100 .*, got"):
         measure().e2e.percentile(percent)
 
 
@@ -537,3 +537,52 @@ def test_a_helper_may_hold_the_assert() -> None:
     with collecting(Ledger("item")) as ledger:
         helper(measure(), 3.0)
     assert ledger.gates[0].text == "m.p95 <= limit_s"
+
+
+def test_requests_of_one_token_say_nothing_of_the_time_between_tokens() -> None:
+    """12 of 200 requests have a second token: too few for a p95 of it, enough for a median."""
+    tokens = [64 if i < 12 else 1 for i in range(200)]
+    m = known_lab(lambda _, seed: known_run(2.0, seed=seed, output_tokens=tokens)).measure(WORKLOAD, PROFILE)
+    decided = (m.tpot.p95 <= 1.0).decide()
+    assert decided.outcome == "undecided"
+    assert "needs 130 requests of two tokens or more a run" in decided.reason
+    assert decided.reason.endswith("offered 12")
+    assert (m.tpot.p50 <= 1.0).decide().outcome == "held"
+
+
+def test_what_never_has_a_value_is_not_asked_again() -> None:
+    asked: list[int] = []
+
+    def run(_: object, seed: int) -> Run:
+        asked.append(seed)
+        return known_run(2.0, seed=seed)
+
+    m = known_lab(run).measure(WORKLOAD, PROFILE)
+    decided = (m.preemptions / m.preemptions <= 1).decide()
+    assert decided.outcome == "undecided"
+    assert "it has no value in any of 6 runs" in decided.reason
+    assert asked == [0, 1, 2, 3, 4, 5]
+
+
+def test_nothing_is_compared_with_nan() -> None:
+    with pytest.raises(ValueError, match="must be given a number, got nan"):
+        _ = known_lab(lambda *_: known_run(1.0)).measure(WORKLOAD, PROFILE).p50 <= math.nan
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "outcome"), [("t4", "undecided"), ("h200", "held")], ids=["one accelerator", "two"]
+)
+def test_arms_of_different_servers_are_no_pairs(accelerator: str, outcome: str) -> None:
+    """Unless the accelerator is what is compared."""
+    other = Profile(model="qwen2.5-0.5b", accelerator=accelerator, engine_args={"max_num_seqs": 2})
+    lab = known_lab(
+        lambda profile, seed: (
+            known_run(2.0, seed=seed, server="vllm 0.9.0")
+            if profile == other
+            else known_run(1.0, seed=seed, server="vllm 0.25.1")
+        )
+    )
+    decided = (lab.measure(WORKLOAD, PROFILE).p50 <= 0.9 * lab.measure(WORKLOAD, other).p50).decide()
+    assert decided.outcome == outcome
+    if outcome == "undecided":
+        assert "measured on different servers (vllm 0.25.1; vllm 0.9.0)" in decided.reason

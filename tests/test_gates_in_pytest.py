@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.conftest import Project
@@ -10,7 +12,15 @@ from tests.conftest import Project
 def one(body: str, *, mark: str = '@decision("d", "It holds")') -> str:
     """An experiment `test_it` with this body."""
     lines = "\n".join(f"    {line}" for line in body.strip().splitlines())
-    return f"{mark}\ndef test_it(served, coin):\n{lines}\n"
+    return f"{ELSEWHERE}\n{mark}\ndef test_it(request, served, coin):\n{lines}\n"
+
+
+ELSEWHERE = """
+from tests.known import WORKLOAD, arm, known_lab, known_run
+def ask_elsewhere(seconds):
+    lab = known_lab(lambda profile, seed: known_run(seconds, seed=seed))
+    assert lab.measure(WORKLOAD, arm(1)).p50 <= 2.0
+"""
 
 
 VERDICTS = {
@@ -142,6 +152,30 @@ ERRORS = {
         "try:\n    assert served(3).p50 <= 2.0\nexcept AssertionError:\n    blocked('no')",
         "a false gate did not end the test",
     ),
+    "a gate in the message of an assertion": (
+        "assert len([1]) == 2, 'fast' if served(3).p50 <= 2.0 else 'slow'",
+        "TypeError",
+    ),
+    "a plain assertion where a false gate was swallowed": (
+        "def check(x):\n    assert x\ntry:\n    check(served(3).p50 <= 2.0)\nexcept AssertionError:\n    pass\n"
+        "check(1 == 2)",
+        "a false gate did not end the test",
+    ),
+    "a false gate that nobody waits for": (
+        "try:\n    assert served(3).p50 <= 2.0\nfinally:\n    raise SystemExit(0)",
+        "a false gate did not end the test",
+    ),
+    "a failure that pytest adds": (
+        "request.applymarker(pytest.mark.xfail(strict=True, reason='why'))\nassert served(1).p50 <= 2.0",
+        "the test failed, though no gate refuted anything: [XPASS(strict)] why",
+    ),
+    "a gate in a forked process": (
+        "import multiprocessing\nfrom concurrent.futures import ProcessPoolExecutor\n"
+        "assert served(1).p50 <= 2.0\n"
+        "with ProcessPoolExecutor(1, multiprocessing.get_context('fork')) as pool:\n"
+        "    pool.submit(ask_elsewhere, 3).result()",
+        "a gate must be asked in the test's own process",
+    ),
     "a claim compared with a truth": ("assert (served(3).p50 <= 2.0) != False", "a claim is never equal"),
     "a gate under or": ("assert served(1).p50 <= 2.0 or True", "TypeError"),
     "pytest.xfail": ("assert served(1).p50 <= 2.0\npytest.xfail('known')", "xfail together with gates"),
@@ -156,6 +190,24 @@ def test_error_is_no_verdict(project: Project, body: str, reason: str) -> None:
     (error,) = project.record.errors
     assert (error.nodeid, error.decision) == ("test_exp.py::test_it", "d")
     assert reason in error.reason
+
+
+LEAK = """
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item):
+    yield
+    raise RuntimeError("a file was left open")
+"""
+
+
+def test_a_failure_that_a_hook_adds_is_no_verdict(project: Project) -> None:
+    with Path(project.path, "conftest.py").open("a") as conftest:
+        conftest.write(LEAK)
+    project.write(one("assert served(1).p50 <= 2.0")).run().assert_outcomes(failed=1)
+    assert project.decision().verdict == "open"
+    (error,) = project.record.errors
+    assert "a file was left open" in error.reason
 
 
 def test_evidence_that_cannot_be_summarized_is_an_error_of_its_item_alone(project: Project) -> None:
@@ -322,6 +374,17 @@ def test_failure_shows_the_numbers(project: Project) -> None:
     assert sum("p50 e2e of 3 s 3 s against 2 s: 6 of 6 repeats refuted it" in line for line in said) == 1
 
 
+def test_failure_shows_each_operand_as_what_it_is(project: Project) -> None:
+    """The gate that failed with its numbers, and nothing of it in the place of others."""
+    result = project.write(one("assert served(1).p50 <= 5.0 and served(3).p50 <= 2.0")).run()
+    assert sum("6 of 6 repeats refuted it" in line for line in result.outlines if line.startswith("E  ")) == 1
+    body = one("assert any_of(served(3).p50 <= 2.0, served(4).p50 <= 2.0)")
+    result = project.write(body).run()
+    told = "\n".join(line for line in result.outlines if line.startswith("E  "))
+    assert "any_of(any_of(" not in told
+    assert "3 s 3 s against 2 s: 6 of 6 repeats refuted it" in told
+
+
 def test_failure_shows_the_numbers_without_rewriting(project: Project) -> None:
     result = project.write(one("assert served(3).p50 <= 2.0")).spawn("--assert=plain")
     result.stdout.fnmatch_lines(["E *AssertionError", "E *p50 e2e of 3 s 3 s against 2 s: 6 of 6 repeats refuted it"])
@@ -482,6 +545,73 @@ def test_claim_of_a_shared_fixture_is_a_gate_of_every_item(project: Project) -> 
     for id in ("d", "e"):
         assert [gate.outcome for gate in project.decision(id).gates] == ["held"]
         assert [len(run.seeds) for run in project.decision(id).runs] == [6]
+
+
+TWO_TARGETS = """
+from tests.known import WORKLOAD, arm, known_lab, known_run
+
+@pytest.fixture(scope="session")
+def simulator():
+    return known_lab(lambda profile, seed: known_run(1.0, seed=seed, basis="simulated"), basis="simulated")
+
+@pytest.fixture(scope="module")
+def told(simulator):
+    return simulator.measure(WORKLOAD, arm(1), label="predicted")
+
+@decision("d", "It was predicted")
+def test_it(measure, told):
+    assert measure(WORKLOAD, arm(1), label="measured").p50 <= 1.1 * told.p50
+
+@decision("e", "It will hold")
+def test_too(measure, told):
+    assert measure(WORKLOAD, arm(1), label="measured").p95 <= 2.0
+    assert told.p50 <= 1.1
+"""
+
+
+def test_a_simulated_arm_beside_a_measured_one_makes_the_evidence_simulated(project: Project) -> None:
+    """Equal workloads and profiles, on two targets: two arms, of which the weaker one counts."""
+    conftest = (project.path / "conftest.py").read_text().replace('BASIS = "simulated"', 'BASIS = "measured"')
+    (project.path / "conftest.py").write_text(conftest)
+    project.write(TWO_TARGETS).run().assert_outcomes(passed=2)
+    for id in ("d", "e"):
+        assert project.decision(id).basis == "simulated"
+        assert [(run.label, run.basis) for run in project.decision(id).runs] == [
+            ("measured", "measured"),
+            ("predicted", "simulated"),
+        ]
+    project.run("--gpulab-require=measured").assert_outcomes(xfailed=2)
+    assert {decision.verdict for decision in project.record.decisions} == {"open"}
+
+
+def test_knee_of_a_shared_fixture_shows_its_repeats_in_every_item(project: Project) -> None:
+    project.write(
+        """
+        from pytest_gpulab import find_knee
+        from tests.known import WORKLOAD, arm
+
+        @pytest.fixture(scope="module")
+        def knee(measure):
+            return find_knee(
+                lambda n: measure(WORKLOAD, arm(round(n))),
+                low=1,
+                high=4,
+                stable=lambda m: m.p50 <= 2.5,
+                resolution=0.9,
+            )
+
+        @decision("d", "It holds")
+        def test_it(knee):
+            assert knee >= 1
+
+        @decision("e", "It holds too")
+        def test_too(knee):
+            assert knee <= 4
+        """
+    ).run().assert_outcomes(passed=2)
+    first, second = ([(run.id, run.seeds) for run in project.decision(id).runs] for id in ("d", "e"))
+    assert first == second
+    assert {len(seeds) for _, seeds in first} == {6}
 
 
 IN_THREADS = {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_gpulab import find_knee
+from pytest_gpulab import any_of, find_knee
 from pytest_gpulab.experiment import Constant, Profile, Shape, Workload
 from pytest_gpulab.gates import Ledger, TargetRefused, collecting
 from pytest_gpulab.knee import Knee
@@ -162,3 +163,43 @@ def test_stable_must_be_a_claim() -> None:
             high=8.0,
             stable=lambda m: m.queue_delay,  # type: ignore[arg-type,return-value]
         )
+
+
+def test_an_undecided_knee_says_what_was_missing() -> None:
+    blurred = search(KneeAt(2.0, blur=0.3), resolution=0.05)
+    decided = (blurred >= 2.0).decide()
+    assert decided.outcome == "undecided"
+    assert re.search(r"undecided by the bracket; at 2 requests/s: .* 12 of 24 repeats held", decided.reason)
+    stable = search(KneeAt(20.0))
+    assert (stable >= 10.0).decide().reason.endswith("8 requests/s, the highest rate tried, was still stable")
+
+
+def test_a_widened_bracket_says_so() -> None:
+    lab = Lab(Simulated({3: "a base"}))  # type: ignore[arg-type]
+
+    def arm(rate: float):  # type: ignore[no-untyped-def]
+        workload = Workload(arrivals=Constant(rate=rate), shape=Shape(prompt_tokens=8, output_tokens=2), requests=200)
+        return lab.measure(workload, PROFILE.with_engine_args(max_num_seqs=3))
+
+    knee = find_knee(arm, low=0.5, high=8.0, stable=lambda m: m.p95 <= 10)
+    decided = (knee >= 2.5).decide()
+    assert decided.outcome == "undecided"
+    assert decided.reason.endswith("(calibration error 30.0% included)")
+
+
+def test_a_search_is_no_alternative_among_several() -> None:
+    """It was made at the whole error level: four of them in one disjunction would be believed four times as often."""
+    knee = search(KneeAt(3.0))
+    with pytest.raises(
+        TypeError, match="any_of splits the error level between its claims, which `knee >= 2 requests"
+    ):
+        any_of(knee >= 2.0, knee.points[0].measurement.p95 <= 10.0)
+
+
+def test_an_arm_must_depend_on_the_rate() -> None:
+    lab = Lab(KneeAt(2.0))  # type: ignore[arg-type]
+    workload = Workload(arrivals=Constant(rate=1), shape=Shape(prompt_tokens=8, output_tokens=2), requests=200)
+    with pytest.raises(
+        ValueError, match=r"must measure at the rate that it is given, got the same .* at 0.5 and 8 req"
+    ):
+        find_knee(lambda rate: lab.measure(workload, PROFILE), low=0.5, high=8.0, stable=lambda m: m.p95 <= 10.0)

@@ -105,6 +105,27 @@ def test_decision_on_a_unittest_method_is_refused(project: Project) -> None:
     assert "must stand on a test function, got TestCaseFunction" in "\n".join(result.errlines)
 
 
+def test_a_marker_that_a_conftest_adds_counts(project: Project) -> None:
+    project.pytester.makepyfile(
+        marks="""
+        import pytest
+        def pytest_collection_modifyitems(items):
+            for item in items:
+                item.add_marker(pytest.mark.decision("late", "It holds"))
+        """
+    )
+    project.pytester.syspathinsert()
+    project.write("def test_late(served):\n    assert served(1).p50 <= 2.0\n").run("-p", "marks")
+    assert project.decision("late").verdict == "supported"
+
+
+def test_asserts_that_python_leaves_out_are_no_gates(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONOPTIMIZE", "1")
+    result = project.write("def test_it(served):\n    assert served(1).p50 <= 2.0\n").spawn()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*gates are asserts, which python -O*run without them*"])
+
+
 def test_markers_are_registered(project: Project) -> None:
     project.write("@pytest.mark.verify\n@pytest.mark.evaluate\ndef test_it(): ...")
     project.run("--strict-markers").assert_outcomes(passed=1)

@@ -365,6 +365,28 @@ def test_file_that_cannot_be_collected_makes_the_record_partial(project: Project
     assert "absent_module" in error.reason
 
 
+@pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["alone", "in a worker"])
+def test_file_with_experiments_that_skips_itself_makes_the_record_partial(
+    project: Project, workers: list[str]
+) -> None:
+    skips = "pytest.importorskip('absent_module')\n"
+    project.write(TWO).pytester.makepyfile(test_plain=f"import pytest\n{skips}def test_plain():\n    pass\n")
+    project.run()
+    full = project.file().read_bytes()
+    project.write(f"{skips}@decision('z', 'Z')\ndef test_z(served):\n    assert served(1).p50 <= 2.0\n", "test_z.py")
+    project.spawn(*workers)
+    assert project.file().read_bytes() == full
+    assert project.partial.session.narrowed == "skipped as a whole: test_z.py"
+
+
+@pytest.mark.parametrize("option", ["--fixtures", "--fixtures-per-test", "--setup-plan"])
+def test_showing_something_is_no_session(project: Project, option: str) -> None:
+    project.write(TWO).run()
+    full = project.file().read_bytes()
+    project.run(option)
+    assert project.file().read_bytes() == full
+
+
 def test_report_folder_is_where_the_user_said(project: Project) -> None:
     project.write(GOOD).run("--gpulab-report-dir=elsewhere/deep")
     assert not project.file().exists()
