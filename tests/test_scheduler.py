@@ -447,3 +447,31 @@ class AnyTraffic(RuleBasedStateMachine):
 
 TestAnyTraffic = AnyTraffic.TestCase
 TestAnyTraffic.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "max_num_batched_tokens", "tokens"),
+    [
+        (1, 2048, 2),
+        (3, 2048, 4),
+        (5, 2048, 8),
+        (8, 2048, 16),
+        (32, 9216, 64),
+        (130, 8192, 256),
+        (1024, 8192, 512),
+        (16, 30, 24),
+    ],
+)
+def test_graphs_are_captured_up_to_twice_the_sequences(
+    max_num_seqs: int, max_num_batched_tokens: int, tokens: int
+) -> None:
+    """vLLM: min(2 x max_num_seqs, 512), no more than the token budget, on its grid of sizes."""
+    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
+    assert tokens == max(size for size in sizes if size <= min(2 * max_num_seqs, 512, max_num_batched_tokens))
+    config = SchedulerConfig(
+        num_blocks=1000,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=1024,
+    )
+    assert config.graph_tokens == tokens

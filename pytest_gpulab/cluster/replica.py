@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from heapq import heappop, heappush
 from typing import Any, Final
 
-from pytest_gpulab.engine.cost import GRAPH_TOKENS, StepCost
+from pytest_gpulab.engine.cost import StepCost
 from pytest_gpulab.engine.frontend import EARLY_SHARE, INTAKE_TURNS, SLICE
 from pytest_gpulab.engine.jumping import NeedsStepping, require_plain
 from pytest_gpulab.engine.plan import Plan
@@ -72,7 +72,7 @@ class Replica:
         self._waiting: deque[tuple[float, int]] = deque()
         self._ends: list[int] = []
         self.queue_time = 0.0
-        self._cost = StepCost(plan.variant, plan.eager)
+        self._cost = StepCost(plan.variant, plan.config.graph_tokens, plan.eager)
         # The front end: free, turn, streamed, turn length, intake free.
         gpu, cpu = plan.variant.gpu, plan.variant.cpu
         most = range(plan.config.max_num_seqs + 1)
@@ -159,7 +159,7 @@ class Replica:
             gpu.per_attended_token_s,
         )
         per_prefill = cpu.per_prefill_s
-        launch_small, launch_large = cpu.launch_small_s, cpu.launch_large_s
+        launch_small, launch_large, graph_tokens = cpu.launch_small_s, cpu.launch_large_s, config.graph_tokens
         request_s, prompt_s, token_s, chunk_s = (
             fe.per_request_s,
             fe.per_prompt_token_s,
@@ -275,7 +275,7 @@ class Replica:
                     gpu_s = step_s
                 gpu_s += per_decode * decodes + per_mixed * context + per_attended * attended
                 prepared = now + (prepare_of[decodes] + per_prefill * prefills)
-                launched = prepared + (launch_large if all_tokens > GRAPH_TOKENS else launch_small)
+                launched = prepared + (launch_large if all_tokens > graph_tokens else launch_small)
                 tokens = decodes + len(firsts)
                 step += 1
                 context += decodes

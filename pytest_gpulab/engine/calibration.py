@@ -56,7 +56,8 @@ class CpuCost(_Coefficients):
     Preparing is `step_s` + `per_sequence_s` per decoding sequence + `per_prefill_s` per prompt (unpacking and
     hashing it compete for the same interpreter), handling the results included. Launching is
     free for decode-only steps (CUDA graphs). A step with prefill launches its attention kernels one by one
-    (`launch_small_s`), and above 512 tokens in all every kernel (`launch_large_s`).
+    (`launch_small_s`), and every kernel where it is larger than any graph (`SchedulerConfig.graph_tokens`,
+    `launch_large_s`).
     """
 
     step_s: Amount

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from pytest_gpulab.engine.calibration import Variant
 from pytest_gpulab.engine.scheduler import Batch
-
-GRAPH_TOKENS: Final = 512
-"""Steps with prefill and more tokens in all than this run without CUDA graphs and pay the larger launch cost
-(vLLM's largest captured size)."""
 
 
 class Load(NamedTuple):
@@ -43,10 +39,15 @@ def load_of(batch: Batch) -> Load:
 
 
 class StepCost:
-    """Seconds of GPU and CPU for a step. `eager`: no CUDA graphs, so that every step launches its kernels."""
+    """Seconds of GPU and CPU for a step.
+
+    Steps with prefill and more than `graph_tokens` in all run without CUDA graphs and pay the larger launch cost.
+    `eager`: no CUDA graphs, so that every step launches its kernels.
+    """
 
     __slots__ = (
         "_eager",
+        "_graph_tokens",
         "_launch_large",
         "_launch_small",
         "_per_attended",
@@ -60,7 +61,7 @@ class StepCost:
         "_step",
     )
 
-    def __init__(self, variant: Variant, eager: bool = False) -> None:
+    def __init__(self, variant: Variant, graph_tokens: int, eager: bool = False) -> None:
         gpu, cpu = variant.gpu, variant.cpu
         self._step = gpu.step_s
         self._per_token = gpu.per_token_s
@@ -73,6 +74,7 @@ class StepCost:
         self._per_prefill = cpu.per_prefill_s
         self._launch_small = cpu.launch_small_s
         self._launch_large = cpu.launch_large_s
+        self._graph_tokens = graph_tokens
         self._eager = eager
 
     def gpu(
@@ -108,4 +110,4 @@ class StepCost:
         """Seconds on the CPU while the GPU already runs; the step cannot end before."""
         if prefill_tokens == 0 and not self._eager:
             return 0.0
-        return self._launch_large if decodes + prefill_tokens > GRAPH_TOKENS else self._launch_small
+        return self._launch_large if decodes + prefill_tokens > self._graph_tokens else self._launch_small

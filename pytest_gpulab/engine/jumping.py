@@ -60,7 +60,7 @@ class _Jumping:
         self._prompts: list[int] = plan.schedule["prompt_tokens"].tolist()
         self._outputs: list[int] = plan.schedule["output_tokens"].tolist()
         self._count: int = len(self._prompts)
-        self._cost = StepCost(plan.variant, plan.eager)
+        self._cost = StepCost(plan.variant, plan.config.graph_tokens, plan.eager)
         self._front_end = FrontEnd(plan.variant.front_end)
         self._blocks = _Blocks(plan, self._prompts, self._outputs)
         self._pipelined: bool = config.async_scheduling

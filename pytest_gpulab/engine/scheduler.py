@@ -18,12 +18,18 @@ from __future__ import annotations
 import sys
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Final
 
 from pytest_gpulab.engine.blocks import BlockHashes, BlockPool, unique_hashes
 
 
 class EngineRefused(ValueError):
     """No engine starts with these arguments: vLLM refuses them, or its model here lacks them."""
+
+
+MAX_GRAPH_TOKENS: Final = 512
+"""vLLM captures 1, 2 and 4 tokens, then every 8th size, and from 256 on every 16th
+(``VllmConfig._set_cudagraph_sizes``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +68,14 @@ class SchedulerConfig:
                 f"{self.max_model_len}, got {self.num_blocks}: lower max_model_len or give the engine more "
                 "KV cache memory"
             )
+
+    @property
+    def graph_tokens(self) -> int:
+        """The largest step for which vLLM has CUDA graphs, in tokens: by its default, at most twice the sequences."""
+        largest = min(2 * self.max_num_seqs, self.max_num_batched_tokens, MAX_GRAPH_TOKENS)
+        if largest < 8:
+            return next(size for size in (4, 2, 1) if size <= largest)
+        return largest - largest % (16 if largest >= 256 else 8)
 
     @property
     def max_in_flight(self) -> int:

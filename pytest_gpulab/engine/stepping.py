@@ -22,7 +22,7 @@ class _Stepping:
         self.plan = plan
         self.client = Client(plan.workload, plan.scheduled())
         self.front_end = FrontEnd(plan.variant.front_end)
-        self.core = EngineCore(plan.config, StepCost(plan.variant, plan.eager))
+        self.core = EngineCore(plan.config, StepCost(plan.variant, plan.config.graph_tokens, plan.eager))
         self.outcome = Outcome.empty(self.client.scheduled, self.client.sent)
         self.prompts: list[int] = plan.schedule["prompt_tokens"].tolist()
         self.outputs: list[int] = plan.schedule["output_tokens"].tolist()

@@ -78,7 +78,7 @@ class EngineLoop:
         """Requests over HTTP that are not answered completely."""
         self.lag_s = 0.0
         """By how many model seconds tokens were delivered late, at worst: the emulation could not keep up."""
-        self._core = EngineCore(config, StepCost(variant, eager))
+        self._core = EngineCore(config, StepCost(variant, config.graph_tokens, eager))
         self._front_end = FrontEnd(variant.front_end)
         self._latency = variant.front_end.latency_s
         self._numbers = count()
