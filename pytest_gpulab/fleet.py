@@ -127,8 +127,9 @@ class Fleet(Definition):
     """How a profile is deployed.
 
     `warm`: so many replicas are ready when the run starts; 0 starts from zero nodes, and the workload's first second
-    is the moment the deployment appears. `pre_stop_s`: how long a pod that is ending keeps serving before SIGTERM;
-    it is killed `grace_s` after that.
+    is the moment the deployment appears. The autoscaler appears with the run too. As for any new one, the replicas it
+    finds are its first recommendation, so those that traffic does not need leave after its scale-down window.
+    `pre_stop_s`: how long a pod that is ending keeps serving before SIGTERM; it is killed `grace_s` after that.
     """
 
     autoscaling: Autoscaling | None = Autoscaling()

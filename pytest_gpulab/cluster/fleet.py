@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 
 from pytest_gpulab.cluster.clock import VirtualClock
 from pytest_gpulab.cluster.cloud import Offering, catalog, machine_for
+from pytest_gpulab.cluster.conditions import is_true
 from pytest_gpulab.cluster.durations import PROFILES, stages_text
 from pytest_gpulab.cluster.edge import Client, Edge, LimitedClient, OpenClient
 from pytest_gpulab.cluster.embedded import DeadlineExceeded, EmbeddedCluster
 from pytest_gpulab.cluster.metrics import RUNNING, WAITING
 from pytest_gpulab.cluster.objects import Object, name_of, uid_of
 from pytest_gpulab.cluster.replica import Ledger, Replica
-from pytest_gpulab.cluster.resources import DEPLOYMENT, NODE, NODE_CLAIM, NODE_POOL, POD, Resource, Resources
+from pytest_gpulab.cluster.resources import DEPLOYMENT, HPA, NODE, NODE_CLAIM, NODE_POOL, POD, Resource, Resources
 from pytest_gpulab.cluster.service import ready_pods
 from pytest_gpulab.cluster.timeline import Timeline
 from pytest_gpulab.engine.calibration import costs_text, find_variant
@@ -74,7 +75,9 @@ class _Simulation:
         self._plan = make_plan(profile, workload, self._calibration, self._variant, seed)
         self._ledger = Ledger(self._plan)
         self._name = serving_name(profile)
-        self._serving = serving_objects(profile, fleet, run=RUN, api_key=RUN)
+        objects = serving_objects(profile, fleet, run=RUN, api_key=RUN)
+        self._autoscaler = [obj for obj in objects if obj["kind"] == HPA.kind]
+        self._serving = [obj for obj in objects if obj["kind"] != HPA.kind]
         self._clock = VirtualClock()
         self._start = self._clock.now()
         self._cluster = EmbeddedCluster(
@@ -160,6 +163,7 @@ class _Simulation:
         self._deploy()
         if self._fleet.warm:
             self._warm_up()
+        self._scale()
         limit = (self._workload.duration_s or 0.0) + max(self._plan.scheduled(), default=0.0) + DEADLINE_S
         while self._unfinished() and self._now() < limit:
             until = min(self._clock.next_at - self._start, limit)
@@ -177,21 +181,31 @@ class _Simulation:
     def _deploy(self) -> None:
         """Apply the manifests that a real cluster gets; an autoscaled Deployment does not say how many at first."""
         capacity = gpu_capacity(self._fleet, [self._profile.machine], run=RUN)
-        for obj in (*documents("00-namespace"), *capacity, *self._serving):
-            self._cluster.apply(_kind_of(obj), obj)
+        self._apply(*documents("00-namespace"), *capacity, *self._serving)
         self._cluster.store.patch(DEPLOYMENT, self._name, NAMESPACE, {"spec": {"replicas": self._fleet.deployed}})
+
+    def _scale(self) -> None:
+        """From now on the replicas are the autoscaler's business, if there is one.
+
+        Not before the run: it would see idle replicas next to those that are still loading, and take these away.
+        """
+        self._apply(*self._autoscaler)
+
+    def _apply(self, *objects: Object) -> None:
+        for obj in objects:
+            self._cluster.apply(_kind_of(obj), obj)
 
     def _ready_pods(self) -> list[str]:
         return ready_pods(self._cluster.store, self._name, NAMESPACE)
 
     def _warm_up(self) -> None:
-        """Run time starts when the warm replicas are ready."""
-        store = self._cluster.store
+        """Run time starts when the warm replicas are ready. Nothing goes wrong before, so they come if they may."""
+        fleet = self._fleet
         self._cluster.wait(
-            f"{self._fleet.warm} warm replicas",
-            lambda: len(self._ready_pods()) >= self._fleet.warm,
+            f"{fleet.warm} warm replicas must get ready, with max_gpus={fleet.max_gpus}: raise it or lower warm",
+            lambda: len(self._ready_pods()) >= fleet.warm,
             DEADLINE_S,
-            lambda: (*store.list(NODE_CLAIM), *store.list(NODE), *store.list(POD)),
+            lambda: tuple(pod for pod in self._cluster.store.list(POD) if not is_true(pod, "Ready")),
         )
         self._start = self._timeline.start = self._clock.now()
         self._cluster.suffer(self._fleet.faults)
@@ -230,7 +244,7 @@ class _Simulation:
         The pools go too: Karpenter leaves a node that never got its GPU alone.
         """
         store = self._cluster.store
-        for obj in reversed(self._serving):
+        for obj in reversed([*self._serving, *self._autoscaler]):
             store.delete(_kind_of(obj), name_of(obj), NAMESPACE)
         for pool in store.list(NODE_POOL):
             store.delete(NODE_POOL, name_of(pool))

@@ -114,6 +114,27 @@ def test_active_pressure_scales_before_running_requests_do():
     assert wanted == {"running": 1, "active-pressure": 4}
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("stages", ["g4dn", "p5en"])
+def test_warm_replicas_of_an_autoscaled_fleet_serve_from_the_start(stages, seed):
+    """A cold start is longer than the autoscaler's window, and idle replicas look like too many meanwhile."""
+    run = simulate_fleet(T4.on(Fleet(warm=2, stages=stages)), traffic(4, 120.0), seed=seed)
+    assert not run.problems
+    assert {count.ready for count in counts(run.timeline) if 0 <= count.at < 120} == {2}
+
+
+def test_replicas_beyond_what_traffic_needs_leave_after_the_autoscalers_window():
+    """Kubernetes takes what a new autoscaler finds for its first recommendation, and the highest of 300 s holds."""
+    run = simulate_fleet(T4.on(Fleet(warm=3)), traffic(0.2, 600.0))
+    fewer = next(count for count in counts(run.timeline) if count.at > 0 and count.wanted < 3)
+    assert (fewer.at, fewer.wanted) == (15 + 300, 1)
+
+
+def test_warm_replicas_without_machines_are_refused():
+    with pytest.raises(FleetRefused, match=r"3 warm replicas must get ready, with max_gpus=1: raise.*exceed limits"):
+        simulate_fleet(T4.on(Fleet(warm=3, max_gpus=1)), traffic(1, 10.0))
+
+
 def test_replicas_share_the_load_and_latency_falls():
     run = simulate_fleet(T4.on(WARM_ONE), traffic(20, 1200.0))
     numbers = counts(run.timeline)
