@@ -9,7 +9,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt, Lt, MinLen
 
-from pytest_gpulab.catalog import own_facts, with_own
+from pytest_gpulab.catalog import VARIABLE, own_facts, with_own
 from pytest_gpulab.errors import unknown_name
 
 Amount = Annotated[float, Gt(0), Lt(math.inf)]
@@ -107,5 +107,5 @@ def find_accelerator(name: str) -> Accelerator:
     """The accelerator called `name`; ValueError lists the known ones."""
     known = accelerators()
     if name not in known:
-        raise ValueError(f"{unknown_name('accelerator', name, known)}; --gpulab-catalog adds your own")
+        raise ValueError(f"{unknown_name('accelerator', name, known)}; --gpulab-catalog or {VARIABLE} adds your own")
     return known[name]

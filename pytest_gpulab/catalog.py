@@ -47,7 +47,10 @@ def with_own(kind: str, form: type[Facts], shipped: Mapping[str, Facts]) -> Mapp
 @cache
 def _read(folder: Path, kind: str, form: type[Facts]) -> Mapping[str, Facts]:
     if not any((folder / name).is_dir() for name in KINDS):
-        raise ValueError(f"{folder} must be a folder with at least one of {', '.join(KINDS)} in it, it has none")
+        raise ValueError(
+            f"the catalog must be a folder with at least one of {', '.join(KINDS)} in it, {folder} has none; set "
+            f"{VARIABLE} or --gpulab-catalog to another, or to nothing"
+        )
     return {path.stem: _facts(path, form) for path in sorted((folder / kind).glob("*.json"))}
 
 

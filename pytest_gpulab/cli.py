@@ -77,8 +77,9 @@ def _fit(options: argparse.Namespace) -> int:
 
     if options.output.suffix != ".json":
         raise ValueError(f"the output must be named ACCELERATOR-MODEL.json, got {options.output.name!r}")
-    every = [run for path in options.data for run in (runs_to_fit if path.is_dir() else read_runs)(path)]
-    runs = of_calibration(every, options.output.stem)
+    name = options.output.stem
+    every = [run for path in options.data for run in (runs_to_fit(path, name) if path.is_dir() else read_runs(path))]
+    runs = of_calibration(every, name)
     source = options.source or ", ".join(path.name for path in options.data)
     like = load_calibration(options.like) if options.like else None
     options.output.parent.mkdir(parents=True, exist_ok=True)

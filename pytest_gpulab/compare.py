@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pytest_gpulab.errors import in_one_line
+
 if TYPE_CHECKING:
     from pytest_gpulab.gates import Figure
     from pytest_gpulab.record import Record, RunSummary
@@ -28,7 +30,9 @@ def add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _run(options: argparse.Namespace) -> int:
     from pytest_gpulab.baseline import read_record
+    from pytest_gpulab.engine.calibration import read_catalog
 
+    read_catalog()  # a wrong one would be a reason for every arm
     record = read_record(options.record)
     if not any(_measured(record)):
         raise ValueError(
@@ -51,7 +55,7 @@ def predictions(record: Record) -> str:
         try:
             predicted = _simulated(arm)
         except ValueError as refusal:
-            missing.append(f"- {arm.label}: {refusal}")
+            missing.append(f"- {arm.label}: {in_one_line(refusal)}")
             continue
         rows += _rows(arm, predicted)
     return "\n".join([*rows, *(["", "Without a prediction:", "", *missing] if missing else [])]) + "\n"

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from pytest_gpulab.catalog import with_own
+from pytest_gpulab.catalog import VARIABLE, with_own
 from pytest_gpulab.errors import unknown_name
 
 Count = Annotated[int, Ge(1)]
@@ -90,5 +90,5 @@ def find_model(name: str) -> Model:
     """The model called `name`; ValueError lists the known ones."""
     known = models()
     if name not in known:
-        raise ValueError(f"{unknown_name('model', name, known)}; --gpulab-catalog adds your own")
+        raise ValueError(f"{unknown_name('model', name, known)}; --gpulab-catalog or {VARIABLE} adds your own")
     return known[name]

@@ -155,13 +155,10 @@ def use_catalog(config: pytest.Config) -> None:
         environment.delenv(VARIABLE, raising=False)
         return
     environment.setenv(VARIABLE, str(base / Path(value).expanduser()))
-    from pytest_gpulab.accelerators import accelerators
-    from pytest_gpulab.engine.calibration import own_calibrations
-    from pytest_gpulab.models import models
+    from pytest_gpulab.engine.calibration import read_catalog
 
     try:
-        for read in (models, accelerators, own_calibrations):
-            read()
+        read_catalog()
     except ValueError as wrong:
         raise pytest.UsageError(f"--gpulab-catalog: {wrong}") from None
 

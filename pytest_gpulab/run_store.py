@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from pytest_gpulab.accelerators import accelerators
+from pytest_gpulab.catalog import VARIABLE
 from pytest_gpulab.definition import digest
 from pytest_gpulab.engine.measured import MeasuredRun, table_figures
+from pytest_gpulab.errors import in_one_line
 from pytest_gpulab.experiment import ClosedLoop, Profile, Workload
 from pytest_gpulab.files import replacing
+from pytest_gpulab.models import models
 from pytest_gpulab.run import Provenance, Run
 
 
@@ -35,14 +39,24 @@ class RunStore:
 
     A file holds the request table, the server table and, as JSON, everything else. Files are found by the
     definitions inside, so that a field added to a definition with its default does not lose them.
+
+    Attributes:
+        unknown: a file for each ACCELERATOR-MODEL that neither is shipped nor in the catalog. Nobody can ask what
+            such files answer, so they are passed over.
     """
 
     def __init__(self, folder: Path) -> None:
-        """ValueError names a file in `folder` that is no run."""
+        """ValueError names a file in `folder` that is no run, and says what is wrong with the catalog."""
         self.folder = folder
+        self.unknown: dict[str, Path] = {}
         self._paths: dict[Question, dict[str, Path]] = {}
         for path in sorted(folder.glob("*.npz")):
-            self._remember(*_question_and_server(path), path)
+            header = _header(path)
+            profile = header["profile"]
+            if profile["model"] in models() and profile["accelerator"] in accelerators():
+                self._remember(*_question_and_server(path, header), path)
+            else:
+                self.unknown.setdefault(f"{profile['accelerator']}-{profile['model']}", path)
 
     def servers(self, question: Question) -> list[str]:
         """Servers on which `question` was answered (`Provenance.server`), sorted."""
@@ -77,16 +91,22 @@ class RunStore:
         self._paths.setdefault(question, {})[server] = path
 
 
-def runs_to_fit(folder: Path) -> list[MeasuredRun]:
+def runs_to_fit(folder: Path, calibration: str) -> list[MeasuredRun]:
     """What a calibration can be fitted from: the valid measured runs in `folder`, those of fleets left out.
 
-    ValueError: it holds none.
+    ValueError: it holds none, or those for `calibration` (ACCELERATOR-MODEL) are not of what the catalog describes.
     """
+    store = RunStore(folder)
     stored = [
         (question, run)
-        for question, run in RunStore(folder)
+        for question, run in store
         if run.provenance.basis == "measured" and not run.problems and question.profile.fleet is None
     ]
+    for name, path in store.unknown.items():
+        if name == calibration or not stored:
+            raise ValueError(
+                f"{path} is of {name} and needs the catalog that it was measured with: set {VARIABLE} to its folder"
+            )
     if not stored:
         raise ValueError(f"{folder} must hold measured runs that are valid evidence, it has none")
     return [
@@ -135,28 +155,32 @@ def _plain(question: Question, run: Run) -> dict[str, Any]:
 
 
 def _header(path: Path) -> dict[str, Any]:
-    """Everything but the tables."""
-    with np.load(path) as file:
-        header: dict[str, Any] = json.loads(file["run"].tobytes())
+    """Everything but the tables. ValueError names a file that is none of ours."""
+    try:
+        with np.load(path) as file:
+            header: dict[str, Any] = json.loads(file["run"].tobytes())
+        if not header["profile"].keys() >= {"model", "accelerator"}:
+            raise ValueError("its profile must have a model and an accelerator")
+    except Exception as wrong:  # numpy raises whatever the damaged place leads to
+        raise _no_run(path, wrong) from None
     return header
 
 
-def _question_and_server(path: Path) -> tuple[Question, str]:
+def _question_and_server(path: Path, header: Mapping[str, Any]) -> tuple[Question, str]:
     """What a file answers, and where it was measured. ValueError names a file that is none of ours."""
     try:
-        header = _header(path)
         provenance = Provenance(**header["provenance"])
         workload = Workload.model_validate(header["workload"])
         profile = Profile.model_validate(header["profile"])
-    except Exception as wrong:  # numpy raises whatever the damaged place leads to
+    except (KeyError, TypeError, ValueError) as wrong:
         raise _no_run(path, wrong) from None
     return Question(workload, profile, provenance.seed), provenance.server
 
 
 def _read(path: Path) -> Run:
     """The Run in a file. ValueError names a damaged one."""
+    header = _header(path)
     try:
-        header = _header(path)
         with np.load(path) as file:
             return Run(
                 requests=file["requests"],
@@ -171,5 +195,5 @@ def _read(path: Path) -> Run:
         raise _no_run(path, wrong) from None
 
 
-def _no_run(path: Path, wrong: BaseException) -> ValueError:
-    return ValueError(f"{path} holds no run ({wrong}); remove it or give another --gpulab-runs folder")
+def _no_run(path: Path, wrong: Exception) -> ValueError:
+    return ValueError(f"{path} holds no run ({in_one_line(wrong)}); remove it or give another --gpulab-runs folder")

@@ -28,6 +28,7 @@ from pytest_gpulab.engine.fit import start, variant_of
 from pytest_gpulab.experiment import ClosedLoop
 from pytest_gpulab.live.arguments import read_arguments
 from pytest_gpulab.models import MODELS, find_model
+from pytest_gpulab.run import Run
 from pytest_gpulab.run_store import Question, RunStore
 from pytest_gpulab.targets.cluster import ClusterTarget
 from pytest_gpulab.vllm_args import from_argv, to_argv
@@ -52,6 +53,8 @@ A10G = {
     "instance_type": "g5.xlarge",
     "price_usd_per_hour": 1.006,
 }
+SHIPPED = Profile(model="qwen2.5-0.5b", accelerator="t4")
+RECORDS = Path(__file__).parent.parent / "reports" / "records"
 SLOWER = 1.3
 """What the GPU takes beyond the data sheet, in truth."""
 STUDY = """
@@ -119,7 +122,9 @@ OPEN = Workload(arrivals=Poisson(rate=4.0), shape=Shape(prompt_tokens=512, outpu
 
 def test_without_a_catalog_own_names_are_unknown_and_the_refusal_says_where_they_go() -> None:
     for find, name in ((find_model, "mini"), (find_accelerator, "a10g")):
-        with pytest.raises(ValueError, match=f"unknown .* '{name}': .*known: .*; --gpulab-catalog adds your own"):
+        with pytest.raises(
+            ValueError, match=f"unknown .* '{name}': .*known: .*; --gpulab-catalog or GPULAB_CATALOG adds your own"
+        ):
             find(name)
 
 
@@ -242,7 +247,9 @@ def test_a_negative_cost_is_refused(calibrated: Path) -> None:
 
 def test_a_folder_that_is_no_catalog_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, str(tmp_path / "nothing"))
-    with pytest.raises(ValueError, match="nothing must be a folder with at least one of models, accelerators, calib"):
+    with pytest.raises(
+        ValueError, match=r"must be a folder with at least one of models, .* /\S+/nothing has none; set GPULAB_"
+    ):
         find_model("llama-3.1-8b")
 
 
@@ -250,6 +257,67 @@ def test_commands_refuse_a_wrong_catalog(catalog: Path, capsys: pytest.CaptureFi
     write(catalog / "models" / "mini.json", {**MINI, "layers": 0})
     assert main(["serve", "--model", "mini", "--accelerator", "a10g"]) == 2
     assert "models/mini.json: layers: " in capsys.readouterr().err
+
+
+# --- runs of what only a catalog describes -----------------------------------------------------------------------
+
+
+def measured(profile: Profile, server: str = "vllm 0.25.1, NVIDIA A10G") -> Run:
+    """Simulated, but kept as a measuring target would."""
+    run = simulate(profile, CLOSED)
+    return replace(run, provenance=replace(run.provenance, basis="measured", server=server, relative_error=0.0))
+
+
+@pytest.fixture
+def store(calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunStore:
+    """A run of an own and of a shipped model; the catalog is no longer in use."""
+    store = RunStore(tmp_path / "runs")
+    for profile in (own(), SHIPPED):
+        store.save(Question(CLOSED, profile, 0), measured(profile))
+    monkeypatch.delenv(VARIABLE)
+    return store
+
+
+def test_runs_of_unknown_models_do_not_stop_others(store: RunStore, tmp_path: Path) -> None:
+    again = RunStore(store.folder)
+    assert again.servers(Question(CLOSED, SHIPPED, 0)) == ["vllm 0.25.1, NVIDIA A10G"]
+    assert list(again.unknown) == ["a10g-mini"]
+    assert main(["fit", str(store.folder), "-o", str(tmp_path / "t4-qwen2.5-0.5b.json"), "--no-check"]) == 0
+
+
+def test_a_fit_of_them_asks_for_their_catalog(
+    store: RunStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", str(store.folder), "-o", str(tmp_path / "a10g-mini.json"), "--no-check"]) == 2
+    said = capsys.readouterr().err
+    assert "is of a10g-mini and needs the catalog that it was measured with: set GPULAB_CATALOG" in said
+    assert "remove it" not in said
+
+
+@pytest.mark.parametrize("command", ["fit", "compare"])
+def test_a_wrong_catalog_is_no_fault_of_what_was_measured(
+    command: str, store: RunStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(VARIABLE, "nope")
+    asked = {
+        "fit": [str(store.folder), "-o", str(tmp_path / "t4-qwen2.5-0.5b.json"), "--no-check"],
+        "compare": [str(RECORDS / "vllm-h200.json")],
+    }
+    assert main([command, *asked[command]]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert re.fullmatch(
+        f"gpulab {command}: the catalog must be a folder .*, nope has none; set GPULAB_.*\n", said.err
+    )
+
+
+def test_a_comparison_says_in_a_line_what_it_does_not_know(
+    store: RunStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = (RECORDS / "vllm-h200.json").read_text(encoding="utf-8").replace('"llama-3.1-8b"', '"mini"')
+    assert main(["compare", str(write(tmp_path / "own.json", record))]) == 0
+    told = capsys.readouterr().out.partition("Without a prediction:")[2].strip().splitlines()
+    assert told and all(re.match(r"- .+: model: unknown model 'mini'.*GPULAB_CATALOG", line) for line in told)
 
 
 # --- a session --------------------------------------------------------------------------------------------------

@@ -200,7 +200,7 @@ def on_h100(run: MeasuredRun, **engine_args: object) -> MeasuredRun:
 def data_of(name: str) -> list[MeasuredRun]:
     """The committed runs of an accelerator."""
     if name.startswith("h100"):
-        return runs_to_fit(RECORDS / "vllm-h100-runs")
+        return runs_to_fit(RECORDS / "vllm-h100-runs", "h100-llama-3.1-8b")
     files = sorted(DATA.glob("*.csv" if name.startswith("t4") else "*.jsonl.gz"))
     return [run for path in files for run in read_runs(path)]
 

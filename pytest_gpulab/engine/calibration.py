@@ -15,11 +15,11 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pytest_gpulab.accelerators import find_accelerator
+from pytest_gpulab.accelerators import accelerators, find_accelerator
 from pytest_gpulab.catalog import own_facts
 from pytest_gpulab.definition import digest
 from pytest_gpulab.experiment import Profile
-from pytest_gpulab.models import find_model
+from pytest_gpulab.models import find_model, models
 
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -139,6 +139,11 @@ def own_calibrations() -> Mapping[str, Calibration]:
     They take the place of shipped ones: whoever has measured a newer vLLM, or one more number format, knows better.
     """
     return own_facts("calibrations", Calibration)
+
+
+def read_catalog() -> None:
+    """ValueError for a wrong file in the user's catalog, and for a folder that is none."""
+    models(), accelerators(), own_calibrations()
 
 
 def calibration_names() -> list[str]:
