@@ -65,7 +65,7 @@ def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     fit.add_argument("--source", help="what was measured, by whom, when (default: the names of the files)")
     fit.add_argument("--like", metavar="CALIBRATION", help="start from the same model's on another accelerator")
-    fit.add_argument("--no-check", action="store_true", help="skip the leave-one-out fits; errors are stored as 0")
+    fit.add_argument("--no-check", action="store_true", help="skip the leave-one-out fits; no gate decides on it")
     fit.set_defaults(run=_fit)
 
 
@@ -88,6 +88,8 @@ def _fit(options: argparse.Namespace) -> int:
     _print_errors("each run predicted by a fit without it", report.left_out)
     _print_errors("open-loop runs predicted by a fit of the closed-loop ones", report.opened)
     print(f"\nwrote {options.output}")
+    if options.no_check:
+        print("its error was not found: no gate decides on it until it is fitted without --no-check")
     return 0
 
 

@@ -252,7 +252,8 @@ class Measurement:
     def errors(self) -> Off:
         """The calibration behind its times, and how far that may be off; none where they were measured."""
         origin = self.run(0).provenance
-        return {origin.calibration: origin.relative_error} if origin.relative_error else EXACT
+        known = 0 < origin.relative_error < math.inf  # unknown, the run is no evidence anyway
+        return {origin.calibration: origin.relative_error} if known else EXACT
 
     def __getattr__(self, name: str) -> NoReturn:
         if name[:1] == "p" and name[1:].isdigit():

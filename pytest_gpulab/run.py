@@ -6,6 +6,7 @@ metrics. Figures (percentiles, rates, costs) are computed from them in `pytest_g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -48,6 +49,9 @@ SERVER_DTYPE = np.dtype(
 """One row a scrape, each second: gauges, and counters since the run's start. KV usage is a fraction."""
 
 
+UNKNOWN_ERROR: Final = "the calibration's error was never found; run gpulab fit without --no-check"
+
+
 @dataclass(frozen=True)
 class Provenance:
     """Where a Run comes from: enough to repeat it."""
@@ -60,7 +64,8 @@ class Provenance:
     server: str
     """What served: calibration and its variant, or vLLM's version and the GPU."""
     relative_error: float = 0.0
-    """How far absolute figures may be off (0.05 = 5 %): the calibration's stored error; 0 when measured."""
+    """How far absolute figures may be off (0.05 = 5 %): the calibration's stored error, infinite where that was never
+    found; 0 when measured."""
 
     @property
     def calibration(self) -> str:
@@ -82,7 +87,8 @@ class Run:
         duration_s: from the run's start to the last answer, the last arrival or the end of the workload's stated
             duration, whichever is latest (`end_of_run`): the accelerator is billed for all of it.
         timeline: (seconds, what happened), in order.
-        problems: why this run is no valid evidence; empty for a valid run.
+        problems: why this run is no valid evidence; empty for a valid run. Costs that nobody has held against a run
+            are one reason: they may be off by anything.
     """
 
     requests: NDArray[Any]
@@ -92,6 +98,10 @@ class Run:
     provenance: Provenance
     timeline: tuple[tuple[float, str], ...] = ()
     problems: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if math.isinf(self.provenance.relative_error) and UNKNOWN_ERROR not in self.problems:
+            object.__setattr__(self, "problems", (*self.problems, UNKNOWN_ERROR))
 
 
 def end_of_run(requests: NDArray[Any], ended_s: float, stated_s: float | None) -> float:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from shutil import copytree
 from textwrap import dedent
 from typing import Any
 from urllib.request import urlopen
@@ -25,12 +26,15 @@ from pytest_gpulab.cluster.fleet import simulate_fleet
 from pytest_gpulab.engine import simulate
 from pytest_gpulab.engine.calibration import Calibration, calibration_names, find_variant, load_calibration
 from pytest_gpulab.engine.fit import start, variant_of
+from pytest_gpulab.evidence import Decided
 from pytest_gpulab.experiment import ClosedLoop
+from pytest_gpulab.lab import Lab
 from pytest_gpulab.live.arguments import read_arguments
 from pytest_gpulab.models import MODELS, find_model
 from pytest_gpulab.run import Run
 from pytest_gpulab.run_store import Question, RunStore
 from pytest_gpulab.targets.cluster import ClusterTarget
+from pytest_gpulab.targets.sim import Sim
 from pytest_gpulab.vllm_args import from_argv, to_argv
 from tests.conftest import QUICK
 
@@ -436,6 +440,29 @@ def test_from_facts_over_measured_runs_to_decisions(
     project.runpytest_subprocess(*QUICK, "--gpulab-catalog=facts", "-n", "2", timeout=120).assert_outcomes(passed=1)
     (decision,) = record_of(project)["decisions"]
     assert (decision["verdict"], decision["basis"]) == ("supported", "simulated")
+
+
+def test_a_calibration_that_was_never_checked_decides_nothing(
+    calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its error is unknown, not none: neither alone nor as a fleet, though the same gate holds with a known error."""
+    arms = [own(), own().on(Fleet(warm=1, autoscaling=None, stages="brief"))]
+
+    def outcomes() -> list[Decided]:
+        lab = Lab(Sim())
+        return [(lab.measure(OPEN, arm).p50 <= 1000).decide() for arm in arms]
+
+    assert [decided.outcome for decided in outcomes()] == ["held", "held"]
+    store = RunStore(tmp_path / "runs")
+    store.save(Question(CLOSED, own(), 0), measured(own()))
+    fitted = copytree(calibrated, tmp_path / "fitted")
+    output = str(fitted / "calibrations" / "a10g-mini.json")
+    assert main(["fit", str(store.folder), "-o", output, "--no-check"]) == 0
+    assert "no gate decides on it" in capsys.readouterr().out
+    monkeypatch.setenv(VARIABLE, str(fitted))
+    for decided in outcomes():
+        assert decided.outcome == "undecided"
+        assert "the calibration's error was never found; run gpulab fit without --no-check" in decided.reason
 
 
 # --- the page ---------------------------------------------------------------------------------------------------

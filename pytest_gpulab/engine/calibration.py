@@ -25,7 +25,7 @@ Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _Coefficients(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class GpuCost(_Coefficients):
@@ -89,8 +89,8 @@ class Variant(_Coefficients):
     gpu: GpuCost
     cpu: CpuCost
     front_end: FrontEndCost
-    relative_error: Amount
-    """How far absolute figures may be off: the larger of the two medians below."""
+    relative_error: Annotated[float, Field(ge=0)]
+    """How far absolute figures may be off: the larger of the two medians below; infinite: that was never found."""
     runs: int
     """How many measured runs the fit used."""
     traced_host: float = 1.0

@@ -96,7 +96,7 @@ def variant_of(vector: Vector) -> Variant:
     costs: dict[str, dict[str, float]] = {"gpu": {}, "cpu": {}, "front_end": {}}
     for (part, name), value in zip(TERMS, vector[:-1], strict=True):
         costs[part][name] = float(value)
-    return Variant.model_validate({**costs, "traced_host": vector[-1], "relative_error": 0.0, "runs": 0})
+    return Variant.model_validate({**costs, "traced_host": vector[-1], "relative_error": math.inf, "runs": 0})
 
 
 def _traced(variant: Variant) -> Variant:
