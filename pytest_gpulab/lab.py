@@ -138,7 +138,8 @@ class Lab:
     def _stored(self, measurement: Measurement, repeat: int) -> Run | None:
         """The stored Run of the server that would serve here, when it is valid evidence.
 
-        Where nothing here can serve, what was measured elsewhere counts as it is, if all repeats had one server.
+        Where nothing here can serve, what was measured elsewhere on this target counts as it is, if all repeats had
+        one server.
         """
         question = self._question(measurement, repeat)
         if self._store is None or not self._store.servers(question):
@@ -155,7 +156,8 @@ class Lab:
                 f"{self._store.folder} holds runs of several servers, none of them is here "
                 f"({'; '.join(servers)}): give --gpulab-runs a folder with the runs of one"
             )
-        return self._store.load(question, servers[0])
+        run = self._store.load(question, servers[0])
+        return run if run.provenance.target == self.target.name else None
 
     def _question(self, measurement: Measurement, repeat: int) -> Question:
         return Question(measurement.workload, measurement.profile, self.first_seed + repeat)

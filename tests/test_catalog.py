@@ -377,7 +377,7 @@ def test_the_forecast_finds_what_the_environment_names(
     result = project.runpytest_subprocess(*QUICK, "--gpulab-target=vllm", timeout=120)
     result.assert_outcomes(skipped=1)
     result.stdout.fnmatch_lines(
-        ["gpulab: nothing is left to measure*; 6 more are of profiles that this target cannot*"]
+        ["gpulab: nothing is known to be left to measure*; 6 more are of profiles that this target cannot*"]
     )
 
 

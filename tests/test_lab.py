@@ -198,6 +198,15 @@ def test_repeats_of_two_servers_are_not_one_arm(tmp_path: Path) -> None:
         (lab.measure(WORKLOAD, arm(1)).p50 <= 2.0).decide()
 
 
+def test_what_another_target_measured_is_no_evidence_of_this_one(tmp_path: Path) -> None:
+    """An endpoint's runs in the folder do not become those of a vLLM that was started here."""
+    compare(Lab(Machine(), store=RunStore(tmp_path)))
+    other = Machine("")
+    other.name = "endpoint"
+    with pytest.raises(TargetRefused, match="nothing serves here"):
+        compare(Lab(other, store=RunStore(tmp_path)))
+
+
 def test_invalid_evidence_is_measured_again_where_a_server_is(tmp_path: Path) -> None:
     invalid = Machine()
     invalid._run = lambda profile, seed: replace(known_run(1.0, seed=seed, server="here"), problems=("late",))

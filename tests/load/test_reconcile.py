@@ -80,4 +80,4 @@ def test_the_measured_runs_are_covered(runs: str) -> None:
         end_s = np.nanmax(run.requests["last_token"])
         assert not list(sample_problems(run.server, float(end_s)))
         busy = (run.server["num_requests_running"] > 0).sum() / run.duration_s
-        assert gpu_utilization(run) == pytest.approx(busy, rel=0.005)
+        assert gpu_utilization(run) == pytest.approx(busy, rel=0.02)  # samples come a little more than 1 s apart
