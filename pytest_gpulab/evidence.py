@@ -594,7 +594,7 @@ def number_text(value: float, unit: str) -> str:
 
 def figure_text(figure: Figure) -> str:
     """``1.93 s [1.71, 2.20]``; a constant, a single run and what nobody knows (NaN) have no interval."""
-    text = number_text(figure.value, figure.unit)
+    text = "unknown" if math.isnan(figure.value) else number_text(figure.value, figure.unit)
     if figure.low == figure.high or math.isnan(figure.value):
         return text
     low, high = (

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pytest_gpulab.run import Run
+from pytest_gpulab.run import GIVEN_UP, Run
 from pytest_gpulab.timeline import Stage, cold_start, counts
 
 Interval = Literal["e2e", "ttft", "tpot", "service"]
@@ -101,8 +101,11 @@ def useful_requests(run: Run, slo: dict[Interval, float]) -> int:
 def mean_queue_delay(run: Run) -> float:
     """Seconds from QUEUED to first SCHEDULED in the server, mean over requests, from vLLM's own sum and count.
 
-    NaN, which decides nothing, where the server showed no metrics or scheduled nothing.
+    NaN, which decides nothing, where the server showed no metrics or scheduled nothing, and where the client gave
+    requests up: vLLM counts none that is aborted, so those that queued longest would be missing from the mean.
     """
+    if run.totals.get(GIVEN_UP):
+        return math.nan
     count = run.totals.get("request_queue_time_seconds_count")
     return run.totals["request_queue_time_seconds_sum"] / count if count else math.nan
 

@@ -19,6 +19,9 @@ Basis = Literal["simulated", "emulated", "measured"]
 CLIENT_FAILED: Final = "client_failed_"
 """Begins the names of totals that count undelivered requests, by kind."""
 
+GIVEN_UP: Final = f"{CLIENT_FAILED}timeout"
+"""The total that counts requests whose answer the client did not await to its end."""
+
 REQUEST_DTYPE = np.dtype(
     [
         ("scheduled", "f8"),

@@ -301,6 +301,26 @@ def test_a_queue_that_no_server_showed_decides_nothing() -> None:
     assert (m.queue_delay > 1.0).decide().outcome == "undecided"
 
 
+def test_a_queue_from_which_requests_were_given_up_decides_nothing() -> None:
+    """vLLM counts none of them: the mean over the others may be anything below."""
+    counted = {"request_queue_time_seconds_sum": 1.0, "request_queue_time_seconds_count": 199.0}
+    m = measure(
+        run=lambda _, seed: replace(known_run(1.0, seed=seed), totals={**counted, "client_failed_timeout": 1})
+    )
+    decided = (m.queue_delay <= 1.0).decide()
+    assert decided.outcome == "undecided"
+    assert "unknown against 1 s" in decided.reason
+    assert (m.queue_delay > 1.0).decide().outcome == "undecided"
+
+
+def test_requests_that_no_server_got_do_not_hide_its_queue() -> None:
+    counted = {"request_queue_time_seconds_sum": 1.0, "request_queue_time_seconds_count": 100.0}
+    m = measure(
+        run=lambda _, seed: replace(known_run(1.0, seed=seed), totals={**counted, "client_failed_dropped": 100})
+    )
+    assert (m.queue_delay <= 1.0).decide().outcome == "held"
+
+
 def test_a_percentile_of_too_few_requests_is_undecided() -> None:
     m = measure(run=lambda _, seed: known_run(1.0, seed=seed, requests=129))
     assert (m.p95 <= 9.0).decide().outcome == "undecided"

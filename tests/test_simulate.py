@@ -34,7 +34,7 @@ from pytest_gpulab.experiment import (
     Shape,
     Workload,
 )
-from pytest_gpulab.figures import output_tokens_per_s, request_rate
+from pytest_gpulab.figures import mean_queue_delay, output_tokens_per_s, request_rate
 from pytest_gpulab.fleet import FROM_ZERO
 from tests.engine_plans import plan, variant
 
@@ -392,6 +392,18 @@ def test_what_a_request_generates_is_no_part_of_the_shared_prefix():
 
 
 # --- the front end ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("timeout_s", [None, 3.0, 1.2])
+def test_giving_up_does_not_make_a_queue_short(timeout_s):
+    """30 req/s where 8 at a time are served: who waits longest gives up, and is in no count of the server's."""
+    workload = Workload(arrivals=Constant(rate=30.0), shape=SMALL, duration_s=20.0, timeout_s=timeout_s)
+    assert not mean_queue_delay(simulate(H200.with_engine_args(max_num_seqs=8), workload)) <= 1.0
+
+
+def test_a_timeout_that_nobody_needs_leaves_the_queue_known():
+    workload = poisson(1.0, 20, timeout_s=60.0)
+    assert 0.0 <= mean_queue_delay(simulate(H200, workload)) <= 1.0
 
 
 def test_a_front_end_that_is_too_slow_holds_tokens_while_the_engine_has_no_queue():

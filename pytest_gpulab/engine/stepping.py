@@ -10,6 +10,7 @@ from pytest_gpulab.engine.frontend import FrontEnd
 from pytest_gpulab.engine.outcome import SAMPLE_EVERY_S, Outcome, totals
 from pytest_gpulab.engine.plan import Plan
 from pytest_gpulab.engine.scheduler import Batch, Request
+from pytest_gpulab.run import GIVEN_UP
 
 
 def run_stepping(plan: Plan) -> Outcome:
@@ -152,4 +153,6 @@ class _Stepping:
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
         )
+        if client.given_up:
+            outcome.totals[GIVEN_UP] = len(client.given_up)
         return outcome
