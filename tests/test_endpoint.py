@@ -55,6 +55,16 @@ def ask_from_pod(url: str) -> str:
 
 
 @pytest.mark.parametrize("ask", [ask_from_session, ask_on_cluster, ask_from_pod])
+def test_a_proxy_is_passed_by_as_the_load_does(ask: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pod, "_ANSWER_S", 0.0)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with server() as (proxy, asked_proxy), server() as (url, _):
+        monkeypatch.setenv("http_proxy", proxy)
+        assert ask(url).startswith("answers")
+    assert not asked_proxy
+
+
+@pytest.mark.parametrize("ask", [ask_from_session, ask_on_cluster, ask_from_pod])
 def test_a_redirect_does_not_take_the_key_along(ask: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPULAB_API_KEY", "s3cret")
     monkeypatch.setattr(pod, "_ANSWER_S", 0.0)

@@ -10,9 +10,8 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
-from urllib.request import urlopen
 
-from pytest_gpulab.endpoint import Endpoint, distrust
+from pytest_gpulab.endpoint import Endpoint, distrust, fetch
 from pytest_gpulab.experiment import Profile, Workload
 from pytest_gpulab.gates import TargetRefused
 from pytest_gpulab.models import find_model
@@ -115,7 +114,7 @@ class EndpointTarget:
             return self._address.metrics_urls
         url = f"{self._address.url}/metrics"
         try:
-            with urlopen(url, timeout=_PATIENCE_S) as answer:
+            with fetch(url, _PATIENCE_S) as answer:
                 return (url,) if b"vllm:" in answer.read() else ()
         except OSError:
             return ()

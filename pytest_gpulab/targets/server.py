@@ -12,9 +12,8 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
+from pytest_gpulab.endpoint import fetch
 from pytest_gpulab.targets import leash
 
 START_LIMIT_S = 900.0
@@ -78,9 +77,9 @@ class Server:
 
     def _answers(self) -> bool:
         try:
-            with urlopen(f"{self.url}/health", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except (URLError, OSError):
+            with fetch(f"{self.url}/health", 5.0) as answer:
+                return answer.status == 200
+        except OSError:
             return False
 
 

@@ -31,6 +31,12 @@ def test_stop_ends_the_whole_group(log: Path) -> None:
     wait_for(lambda: all(map(is_gone, pids_in(log))))
 
 
+def test_a_proxy_does_not_hide_it(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    start(log, "answers", limit_s=10.0).stop()
+
+
 @pytest.mark.slow  # waits for the grace of a server that does not want to end
 def test_a_server_that_ignores_the_signal_ends_too(log: Path) -> None:
     server = start(log, "stubborn")
