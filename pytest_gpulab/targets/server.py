@@ -88,7 +88,8 @@ def failure_reason(log: Path) -> str:
 
     Every process logs its own traceback; the last ones only say that another failed.
     """
-    lines = [_PREFIX.sub("", line) for line in log.read_text(errors="replace").splitlines()]
+    text = _COLOUR.sub("", log.read_text(errors="replace"))
+    lines = [_PREFIX.sub("", line) for line in text.splitlines()]
     reasons = [index for index, line in enumerate(lines) if _REASON.match(line) and "See root cause" not in line]
     if not reasons:
         return next((line.strip() for line in reversed(lines) if line.strip()), "its log is empty")
@@ -98,8 +99,10 @@ def failure_reason(log: Path) -> str:
     return reason[:_REASON_CHARACTERS]
 
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+"""Of the level and of the process: older versions write it into files too, and VLLM_LOGGING_COLOR=1 has all do so."""
 _PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?(ERROR [\d-]+ [\d:]+ \[[^\]]*\] )?")
-_REASON = re.compile(r"^[\w.]*(Error|Exception): |^\S+: error: |^[\w.]*ValidationError: ")
+_REASON = re.compile(r"^[\w.]*(Error|Exception)(: |$)|^\S+: error: |^[\w.]*ValidationError: ")
 _REASON_CHARACTERS = 300
 
 

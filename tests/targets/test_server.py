@@ -117,6 +117,19 @@ LOGS = {
         "/lib/resource_tracker.py:254: UserWarning: resource_tracker: leaked\n",
         "torch.OutOfMemoryError: CUDA out of memory. Tried",
     ),
+    "colours": (
+        "\x1b[1;36m(EngineCore_DP0 pid=276)\x1b[0;0m \x1b[31mERROR\x1b[0m 11-24 12:41:05 [core.py:1510] "
+        "ValueError: No available memory for the cache blocks.\n"
+        "\x1b[1;36m(EngineCore_DP0 pid=276)\x1b[0;0m Process EngineCore_DP0:\n"
+        "\x1b[1;36m(APIServer pid=1)\x1b[0;0m RuntimeError: Engine core failed. See root cause above.\n",
+        "ValueError: No available memory for the cache blocks.",
+    ),
+    "no message": (
+        "(EngineCore pid=8) ERROR 11-24 12:41:05 [core.py:1510]     assert self.block_size is not None\n"
+        "(EngineCore pid=8) ERROR 11-24 12:41:05 [core.py:1510] AssertionError\n"
+        "(APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above. Failed: {}\n",
+        "AssertionError",
+    ),
     "killed": ("(APIServer pid=1) INFO 11-24 12:39:36 [x.py:1] loading\nKilled\n\n", "Killed"),
     "nothing": ("", "its log is empty"),
 }
