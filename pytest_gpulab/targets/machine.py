@@ -64,7 +64,8 @@ def find_vllm() -> Vllm | None:
         command = shutil.which("vllm")
         if command is None:
             return None
-        python = Path(command).with_name("python")
+        # The command may be a link to another folder (pipx, uv tool); the interpreter's own link is its environment.
+        python = Path(command).resolve().with_name("python")
     try:
         shown = subprocess.run([python, "-c", _VERSION], capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):

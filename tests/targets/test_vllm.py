@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -225,3 +226,16 @@ def test_vllm_is_found_beside_its_command(machine: Path, monkeypatch: pytest.Mon
         (machine / "bin" / command).chmod(0o755)
     beside = find_vllm()
     assert beside is not None and beside.python == str(machine / "bin" / "python")
+
+
+def test_vllm_is_found_behind_a_link_to_its_command(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pipx and uv tool install it; the interpreter of a virtual environment is a link itself, and stays one."""
+    monkeypatch.setattr("pytest_gpulab.targets.machine.find_spec", lambda name: None)
+    environment = machine / "tools" / "vllm" / "bin"
+    environment.mkdir(parents=True)
+    (environment / "vllm").write_text("#!/bin/sh\n")
+    (environment / "vllm").chmod(0o755)
+    (environment / "python").symlink_to(sys.executable)
+    (machine / "bin" / "vllm").symlink_to(environment / "vllm")
+    found = find_vllm()
+    assert found is not None and found.python == str(environment / "python")
