@@ -15,10 +15,7 @@ from pytest_gpulab.errors import in_one_line
 from pytest_gpulab.experiment import EngineArgs, Profile
 from pytest_gpulab.models import find_model, models
 
-_IGNORED = (
-    *("--host", "--port", "--load-format", "--tokenizer", "--api-key", "--served-model-name"),
-    "--shutdown-timeout",
-)
+_IGNORED = (*("--host", "--port", "--load-format", "--tokenizer", "--api-key", "--shutdown-timeout"),)
 """Flags with a value that change nothing about speed or scheduling."""
 
 _ALWAYS = {"block_size", "gpu_memory_utilization"}
@@ -53,20 +50,45 @@ def from_argv(argv: Sequence[str], accelerator: str) -> Profile:
     Raises:
         ValueError: an unknown flag or model, or a value that vLLM would refuse.
     """
-    parser = _Parser(prog="vllm", add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--model", required=True)
-    for name in EngineArgs.model_fields:
-        _add_flag(parser, name)
-    for flag in _IGNORED:
-        parser.add_argument(flag, dest="ignored")
-    given = vars(parser.parse_args(list(argv)))
-    given.pop("ignored", None)
+    given = _parse(argv)
+    for name in ("ignored", "served_model_name"):
+        given.pop(name, None)
     model = _model_name(given.pop("model"))
     try:
         engine_args = EngineArgs(**given)
     except ValidationError as wrong:
         raise ValueError(f"vLLM's arguments cannot be read: {in_one_line(wrong)}") from None
     return Profile(model=model, accelerator=accelerator, engine_args=engine_args)
+
+
+def served_names(argv: Sequence[str]) -> list[str]:
+    """The names that a server started with `argv` has for clients; none where they call it what ``--model`` says.
+
+    Raises:
+        ValueError: an unknown flag, or no model.
+    """
+    names: list[str] = _parse(argv).get("served_model_name", [])
+    return names
+
+
+def dashed(argv: Sequence[str]) -> list[str]:
+    """`argv` with the flags as they are documented: vLLM takes ``--max_model_len`` for ``--max-model-len``."""
+    parts = [argument.partition("=") for argument in argv]
+    return [
+        flag.replace("_", "-") + sign + value if flag.startswith("--") else flag + sign + value
+        for flag, sign, value in parts
+    ]
+
+
+def _parse(argv: Sequence[str]) -> dict[str, Any]:
+    parser = _Parser(prog="vllm", add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--served-model-name", nargs="+")
+    for name in EngineArgs.model_fields:
+        _add_flag(parser, name)
+    for flag in _IGNORED:
+        parser.add_argument(flag, dest="ignored")
+    return vars(parser.parse_args(dashed(argv)))
 
 
 class _Parser(argparse.ArgumentParser):

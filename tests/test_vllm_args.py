@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pytest_gpulab import Profile
 from pytest_gpulab.experiment import EngineArgs
-from pytest_gpulab.vllm_args import from_argv, to_argv
+from pytest_gpulab.vllm_args import from_argv, served_names, to_argv
 
 T4 = Profile(model="qwen2.5-0.5b", accelerator="t4", engine_args={"max_model_len": 9216})
 
@@ -65,6 +65,25 @@ def test_what_is_written_is_read_back(args, folder):
 def test_what_cannot_be_served_is_named(argv, complaint):
     with pytest.raises(ValueError, match=complaint):
         from_argv(argv, "t4")
+
+
+def test_underscores_are_dashes_as_for_vllm():
+    argv = ["--model", "qwen2.5-0.5b", "--max_model_len", "9216", "--kv_cache_dtype=fp8_e4m3"]
+    assert from_argv(argv, "t4") == T4.with_engine_args(kv_cache_dtype="fp8_e4m3")
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ([], []),
+        (["--served-model-name", "prod"], ["prod"]),
+        (["--served_model_name", "prod", "my_model", "--max-model-len", "9216"], ["prod", "my_model"]),
+    ],
+)
+def test_a_server_has_the_names_that_it_was_given(given, names):
+    argv = ["--model", "qwen2.5-0.5b", *given]
+    assert served_names(argv) == names
+    assert from_argv(argv, "t4").model == "qwen2.5-0.5b"
 
 
 def test_flags_that_change_no_speed_are_accepted():

@@ -10,7 +10,7 @@ from typing import NoReturn
 from pytest_gpulab.engine.calibration import find_variant
 from pytest_gpulab.engine.defaults import scheduler_config
 from pytest_gpulab.experiment import Profile
-from pytest_gpulab.vllm_args import from_argv
+from pytest_gpulab.vllm_args import dashed, from_argv
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def read_arguments(argv: Sequence[str], environment: Mapping[str, str], accelera
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--shutdown-timeout", type=float, default=0.0)
     parser.add_argument("--api-key", default=environment.get("VLLM_API_KEY") or None)
-    given, engine = parser.parse_known_args(list(argv))
+    given, engine = parser.parse_known_args(dashed(argv))
     model = ["--model", given.model] if given.model else []
     profile = from_argv([*model, *engine], accelerator)
     calibration, _ = find_variant(profile)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from pytest_gpulab.models import find_model
 from pytest_gpulab.run import Basis, Run
 from pytest_gpulab.targets.base import MEASURED_REPEATS, Serving
 from pytest_gpulab.targets.loading import Loading
-from pytest_gpulab.vllm_args import from_argv
+from pytest_gpulab.vllm_args import from_argv, served_names
 
 if TYPE_CHECKING:
     from pytest_gpulab.options import Options
@@ -37,6 +37,7 @@ class EndpointTarget:
         metrics: page of vLLM's metrics; empty: /metrics of the endpoint, if it shows one.
         log_dir: where Ctrl-C leaves what there was of a run.
         tell: takes a line for the user.
+        names: what clients call the model there, any of them; empty: by the lab's name or by where it is published.
     """
 
     name = "endpoint"
@@ -44,10 +45,20 @@ class EndpointTarget:
     max_repeats = MEASURED_REPEATS
     repeatable = False
 
-    def __init__(self, url: str, served: Profile, metrics: str, log_dir: Path, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        url: str,
+        served: Profile,
+        metrics: str,
+        log_dir: Path,
+        tell: Callable[[str], None],
+        *,
+        names: Sequence[str] = (),
+    ) -> None:
         given = (metrics,) if metrics else ()
         self._address = Endpoint(url, served.model, api_key=os.environ.get(API_KEY), metrics_urls=given)
         self._served = served
+        self._names = names or (served.model, find_model(served.model).repository)
         self._loading = Loading(log_dir / "interrupted", tell)
 
     @classmethod
@@ -55,8 +66,9 @@ class EndpointTarget:
         for option, value in (("endpoint", options.endpoint), ("endpoint-serves", options.endpoint_serves)):
             if not value:
                 raise ValueError(f"the target endpoint needs --gpulab-{option}")
-        served = from_argv(shlex.split(options.endpoint_serves), options.accelerator)
-        return cls(options.endpoint, served, options.endpoint_metrics, options.report_dir / cls.name, tell)
+        argv = shlex.split(options.endpoint_serves)
+        served, folder = from_argv(argv, options.accelerator), options.report_dir / cls.name
+        return cls(options.endpoint, served, options.endpoint_metrics, folder, tell, names=served_names(argv))
 
     def server(self, profile: Profile) -> str:
         """Where it is, and vLLM's version if it tells."""
@@ -95,14 +107,14 @@ class EndpointTarget:
             self._endpoint  # noqa: B018
         except (OSError, ValueError, KeyError, TypeError) as wrong:
             why = distrust(self._address.url, wrong) if isinstance(wrong, OSError) else ""
-            return why or f"{self._address.url} must list {self._served.model} at /v1/models: {wrong}"
+            return why or f"{self._address.url} must list {self._names[0]} at /v1/models: {wrong}"
         return ""
 
     @cached_property
     def _endpoint(self) -> Endpoint:
         """The address with the name that clients use there. Raises what a wrong answer leads to."""
         names = [model["id"] for model in self._get("/v1/models")["data"]]
-        known = [name for name in (self._served.model, find_model(self._served.model).repository) if name in names]
+        known = [name for name in self._names if name in names]
         if not known:
             raise ValueError(f"it serves {', '.join(names)}")
         return replace(self._address, model=known[0], metrics_urls=self._metrics_urls)

@@ -94,6 +94,36 @@ def test_clients_may_call_the_model_by_its_repository(remote: Remote, sent: list
     assert endpoint_of(sent[0])[0] == "meta-llama/Llama-3.1-8B-Instruct"
 
 
+def test_clients_may_call_the_model_as_the_server_was_told(
+    remote: Remote, sent: list[dict[str, object]], pytester: pytest.Pytester
+) -> None:
+    remote.pages["/v1/models"] = models("prod-llama")
+    serves = "--model meta-llama/Llama-3.1-8B-Instruct --max_model_len 16384 --served-model-name llama prod-llama"
+    pytester.makepyfile(
+        """
+        from pytest_gpulab import Profile
+        from tests.known import WORKLOAD
+
+        SERVED = Profile(model="llama-3.1-8b", accelerator="h200", engine_args={"max_model_len": 16384})
+
+        def test_it(measure):
+            assert measure(WORKLOAD, SERVED).p95 <= 2.0
+        """
+    )
+    result = pytester.runpytest_inprocess(
+        *("--gpulab-target=endpoint", "--gpulab-accelerator=h200", f"--gpulab-endpoint={remote.url}"),
+        f"--gpulab-endpoint-serves={serves}",
+    )
+    result.assert_outcomes(passed=1)
+    assert {endpoint_of(call)[0] for call in sent} == {"prod-llama"}
+
+
+def test_a_server_that_was_told_another_name_is_another_model(remote: Remote) -> None:
+    target = EndpointTarget(remote.url, SERVED, "", Path("unused"), lambda line: None, names=["prod-llama"])
+    with pytest.raises(TargetRefused, match=r"must list prod-llama at /v1/models: it serves llama-3.1-8b"):
+        target.run(WORKLOAD, SERVED, 0)
+
+
 def test_metrics_are_found_or_given(remote: Remote, sent: list[dict[str, object]]) -> None:
     remote.pages["/metrics"] = "vllm:num_requests_running 0\n"
     target_of(remote).run(WORKLOAD, SERVED, 0)
