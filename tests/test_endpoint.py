@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -9,12 +10,14 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from pytest_gpulab.endpoint import Endpoint
 from pytest_gpulab.experiment import Profile
 from pytest_gpulab.kube import serving
 from pytest_gpulab.load import pod
+from pytest_gpulab.load.metrics import Scraper
 from pytest_gpulab.targets.endpoint import EndpointTarget
 
 SERVED = Profile(model="llama-3.1-8b", accelerator="h200")
@@ -76,6 +79,19 @@ def test_a_redirect_does_not_take_the_key_along(ask: Callable[[str], str], monke
     if said:
         assert f"it redirects to {other.replace('127.0.0.1', 'localhost')}: give the URL that answers" in said
         assert "secret" not in said and "pass" not in said
+
+
+def test_a_redirect_of_the_metrics_is_not_followed() -> None:
+    async def scrape(url: str) -> bool:
+        endpoint = Endpoint(
+            url, "m", metrics_urls=(f"{url}/metrics",), metrics_headers=lambda: {"Authorization": "Bearer s3cret"}
+        )
+        async with aiohttp.ClientSession() as session:
+            return await Scraper(endpoint, session).read_all()
+
+    with server() as (other, asked_there), server(other) as (url, asked):
+        assert not asyncio.run(scrape(url))
+    assert asked == ["Bearer s3cret"] and asked_there == []
 
 
 @pytest.mark.parametrize("url", ["http://user:s3cret@host", "user:s3cret@host", "http://user:s3/cret@host/v1"])

@@ -231,7 +231,7 @@ class Scraper:
 
     async def _page(self, url: str, headers: Mapping[str, str], timeout_s: float) -> bytes | None:
         try:
-            asked = self._session.get(url, headers=headers, ssl=self._ssl)
+            asked = self._session.get(url, headers=headers, ssl=self._ssl, allow_redirects=False)
             async with asyncio.timeout(timeout_s), asked as response:
                 return await response.read() if response.status == 200 else None
         except (aiohttp.ClientError, OSError, TimeoutError):

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urlsplit
 
 from pytest_gpulab.endpoint import Endpoint, distrust, fetch
 from pytest_gpulab.experiment import Profile, Workload
@@ -117,7 +118,9 @@ class EndpointTarget:
         known = [name for name in self._names if name in names]
         if not known:
             raise ValueError(f"it serves {', '.join(names)}")
-        return replace(self._address, model=known[0], metrics_urls=self._metrics_urls)
+        urls = self._metrics_urls
+        headers = self._address.headers if all(map(self._is_own, urls)) else {}
+        return replace(self._address, model=known[0], metrics_urls=urls, metrics_headers=lambda: headers)
 
     @property
     def _metrics_urls(self) -> tuple[str, ...]:
@@ -126,10 +129,14 @@ class EndpointTarget:
             return self._address.metrics_urls
         url = f"{self._address.url}/metrics"
         try:
-            with fetch(url, _PATIENCE_S) as answer:
+            with fetch(url, _PATIENCE_S, self._address.headers) as answer:
                 return (url,) if b"vllm:" in answer.read() else ()
         except OSError:
             return ()
+
+    def _is_own(self, url: str) -> bool:
+        """Whether `url` is of the endpoint's own host, which alone may see the key."""
+        return urlsplit(url)[:2] == urlsplit(self._address.url)[:2]
 
     @cached_property
     def _server(self) -> str:

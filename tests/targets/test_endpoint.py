@@ -149,6 +149,19 @@ def test_the_key_comes_from_the_environment_and_is_never_shown(
     assert "s3cret" not in repr(sent)
 
 
+def test_the_key_opens_the_metrics_of_its_own_host_only(
+    remote: Remote, sent: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway may ask for it on every path."""
+    monkeypatch.setenv("GPULAB_API_KEY", "s3cret")
+    remote.key, remote.pages["/metrics"] = "s3cret", "vllm:num_requests_running 0\n"
+    for metrics in ("", f"{remote.url}/metrics", "http://127.0.0.1:9/metrics", f"{remote.url}.evil.example/metrics"):
+        target_of(remote, metrics).run(WORKLOAD, SERVED, 0)
+    assert endpoint_of(sent[0])[1] == (f"{remote.url}/metrics",)
+    keys = [call["endpoint"].metrics_headers().get("Authorization") for call in sent]  # type: ignore[attr-defined]
+    assert keys == ["Bearer s3cret", "Bearer s3cret", None, None]
+
+
 @pytest.mark.parametrize(
     ("profile", "reason"),
     [
