@@ -7,7 +7,7 @@ here; `pytest_gpulab.arrivals` turns a Workload and a seed into a schedule.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -76,6 +76,10 @@ class ClosedLoop(Definition):
     concurrency: Annotated[int, Field(ge=1)]
 
 
+LATEST_START_S: Final = 86_400.0
+"""Of a trace: more are the seconds of a clock, such as Unix time, and the run would idle through all of them."""
+
+
 class Trace(Definition):
     """Recorded arrivals: seconds from the run's start, prompt tokens, output tokens."""
 
@@ -85,6 +89,11 @@ class Trace(Definition):
     @field_validator("rows")
     @classmethod
     def _rows_are_possible(cls, rows: tuple[tuple[float, int, int], ...]) -> tuple[tuple[float, int, int], ...]:
+        if rows[0][0] > LATEST_START_S:
+            raise ValueError(
+                f"row 0: the first arrival must come within a day of the run's start, got {rows[0][0]:.15g} s; count "
+                "seconds from the run's start, such as `arrival - first_arrival` of timestamps"
+            )
         previous_s = 0.0
         for index, (arrival_s, prompt_tokens, output_tokens) in enumerate(rows):
             if not previous_s <= arrival_s < float("inf"):

@@ -114,6 +114,10 @@ def test_an_empty_mix_is_refused() -> None:
             "closed loop needs requests",
         ),
         (lambda: Workload.from_trace([(1, 5, 5), (0.5, 5, 5)]), "row 1: arrivals must be finite, >= 0 and in order"),
+        (
+            lambda: Workload.from_trace([(1764142800.5, 100, 10)]),
+            r"got 1764142800.5 s; count seconds from the run's st",
+        ),
         (lambda: Workload.from_trace([(0, 0, 5)]), "row 0: a request has at least 1 prompt"),
         (lambda: Workload.from_trace([]), "rows"),
         (
@@ -225,6 +229,10 @@ def test_a_row_that_is_none_is_shown(row: object) -> None:
     ) as no:
         Workload.from_trace([(0, 5, 5), row])  # type: ignore[list-item]
     assert str(no.value).endswith(f"got {row!r}")
+
+
+def test_a_trace_may_begin_late_and_last_for_days() -> None:
+    assert Workload.from_trace([(86_400.0, 5, 5), (400_000.0, 5, 5)]).length_s == 400_000.0
 
 
 def test_rows_may_come_as_text() -> None:
