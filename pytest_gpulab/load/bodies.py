@@ -11,7 +11,7 @@ from pytest_gpulab.experiment import Workload
 
 Salt = tuple[int, ...]
 
-_SALT_TOKENS = 2
+SALT_TOKENS = 2
 _LEAST_SALTED = 8
 """Shorter prompts fill no KV block: nothing of them is cached, and they need their tokens to be unique."""
 
@@ -22,7 +22,7 @@ def new_salt() -> Salt:
     The prefix cache of a server that has seen the same seed before is cold for them: it finds a block by its
     tokens and all tokens before it.
     """
-    return tuple(FIRST_PROMPT_ID + secrets.randbelow(PROMPT_ID_COUNT) for _ in range(_SALT_TOKENS))
+    return tuple(FIRST_PROMPT_ID + secrets.randbelow(PROMPT_ID_COUNT) for _ in range(SALT_TOKENS))
 
 
 def encode_bodies(

@@ -128,7 +128,7 @@ def run_load(
             relative_error=relative_error,
         ),
         timeline=tuple(_ended_servers(evidence)),
-        problems=tuple(_problems(workload, evidence)),
+        problems=tuple(_problems(workload, profile, evidence)),
     )
     if outcome.interrupted:
         store = RunStore(interrupted_to) if interrupted_to is not None else None
@@ -228,7 +228,7 @@ def _ended_servers(evidence: _Evidence) -> Iterator[tuple[float, str]]:
         yield evidence.wall_s, f"{what} ended during the run: counts after the last page of each are not reconciled"
 
 
-def _problems(workload: Workload, evidence: _Evidence) -> Iterator[str]:
+def _problems(workload: Workload, profile: Profile, evidence: _Evidence) -> Iterator[str]:
     outcome, scraper = evidence.outcome, evidence.scraper
     yield from offered_problems(outcome.requests)
     yield from client_problems(outcome)
@@ -241,5 +241,5 @@ def _problems(workload: Workload, evidence: _Evidence) -> Iterator[str]:
         yield f"a server restarted during the run ({scraper.restarts} times): its counters began again"
     yield from sample_problems(scraper.table, evidence.wall_s)
     if not (outcome.interrupted or scraper.restarts):
-        yield from server_problems(workload, outcome, scraper.totals, complete=not scraper.cut_off)
+        yield from server_problems(workload, profile, outcome, scraper.totals, complete=not scraper.cut_off)
         yield from little_problems(scraper.table, outcome)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pytest_gpulab.experiment import Workload
+from pytest_gpulab.experiment import Profile, Workload
+from pytest_gpulab.load.bodies import SALT_TOKENS
 from pytest_gpulab.load.share import Outcome
 
 MOST_LAG_S = 0.010
@@ -80,7 +81,7 @@ _MISCOUNTS = {
 
 
 def server_problems(
-    workload: Workload, outcome: Outcome, totals: Mapping[str, float], *, complete: bool = True
+    workload: Workload, profile: Profile, outcome: Outcome, totals: Mapping[str, float], *, complete: bool = True
 ) -> Iterator[str]:
     """Where the server's counters contradict the client's table.
 
@@ -105,13 +106,17 @@ def server_problems(
     if not unsure.any() and totals.get("generation_tokens_total", 0) > (most := int(rows["output_tokens"].sum())):
         got = round(totals["generation_tokens_total"])
         yield f"the server counted {got:,} in generation_tokens_total, the client {most:,}"
-    yield from _cache_problems(workload, outcome, totals)
+    yield from _cache_problems(workload, profile, outcome, totals)
 
 
-def _cache_problems(workload: Workload, outcome: Outcome, totals: Mapping[str, float]) -> Iterator[str]:
+def _cache_problems(
+    workload: Workload, profile: Profile, outcome: Outcome, totals: Mapping[str, float]
+) -> Iterator[str]:
     hits = totals.get("prefix_cache_hits_total", 0.0)
     sent = int((~np.isnan(outcome.requests["sent"])).sum())
     asked = sent * workload.shared_prefix_tokens
+    if profile.engine_args.block_size == 1:  # a block holds what starts all prompts, and one more token by chance
+        asked += sent * (SALT_TOKENS + 1)
     recomputed = totals.get("num_preemptions_total", 0.0) * workload.longest_tokens
     if hits > asked + recomputed:
         yield (

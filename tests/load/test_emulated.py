@@ -34,8 +34,8 @@ def emulated(*arguments: str):
         process.stdout.close()
 
 
-def load(endpoint, workload=WORKLOAD):
-    settings = {"profile": PROFILE, "seed": 1, "target": "cluster", "basis": "emulated", "server": "emulated"}
+def load(endpoint, workload=WORKLOAD, profile=PROFILE):
+    settings = {"profile": profile, "seed": 1, "target": "cluster", "basis": "emulated", "server": "emulated"}
     return run_load(workload, endpoint=endpoint, **settings)
 
 
@@ -69,6 +69,15 @@ def test_a_warm_cache_is_noticed(monkeypatch):
         cold, warm = load(endpoint), load(endpoint)
     assert without_lag(cold.problems) == []
     assert any("came from a warm prefix cache" in problem for problem in warm.problems)
+
+
+@pytest.mark.slow
+def test_blocks_of_one_token_hold_what_starts_all_prompts_of_a_run():
+    profile = PROFILE.with_engine_args(block_size=1)
+    with emulated("--engine-args", '{"block_size": 1}') as endpoint:
+        run = load(endpoint, profile=profile)
+    assert run.totals["prefix_cache_hits_total"] >= 2 * (len(run.requests) - 1)
+    assert without_lag(run.problems) == []
 
 
 @pytest.mark.slow
