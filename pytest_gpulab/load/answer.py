@@ -79,7 +79,7 @@ class Answer:
         else:
             if chunk.get("usage"):
                 self._usage = chunk["usage"]
-            for choice in chunk["choices"]:
+            for choice in chunk["choices"] or ():
                 self._choice(choice, now)
 
     def _choice(self, choice: dict[str, Any], now: float) -> None:

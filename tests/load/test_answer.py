@@ -40,6 +40,12 @@ def test_usage_alone_is_no_token_and_no_timestamp():
     assert answer.error is None
 
 
+def test_a_usage_block_may_come_without_a_list_of_choices():
+    usage = b"data: " + json.dumps({"choices": None, "usage": USAGE}).encode() + b"\n\n"
+    answer = read((1.0, chunk(text())), (9.0, usage + DONE))
+    assert (answer.last_token, answer.tokens, answer.prompt_tokens, answer.error) == (1.0, 3, 7, None)
+
+
 def test_usage_beside_choices():
     answer = read((1.0, chunk(text())), (2.0, chunk(text(finish_reason="length"), usage=USAGE)), (3.0, DONE))
     assert answer.last_token == 2.0
