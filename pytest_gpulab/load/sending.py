@@ -198,7 +198,7 @@ class Sending:
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
             failure = "connect"
         except (aiohttp.ClientError, OSError):
-            failure = "reset"
+            failure = "reset" if answer.error is None else "stream_error"  # the server had said why before
         except Exception as error:  # a bug of this client, which must not lose the request
             failure = f"client_error_{type(error).__name__}"
         if failure in _NOBODY_THERE:

@@ -196,6 +196,14 @@ async def error_event(golden, out):
     out.done()
 
 
+async def error_and_cut(golden, out):
+    """The server says what is wrong and closes the connection inside the body."""
+    out.head()
+    await tokens(golden, out, 2)
+    out.raw(event({"error": {"message": "EngineCore died", "code": 500}}))
+    return False
+
+
 async def truncated(golden, out):
     """The body ends well, the stream of events does not."""
     out.head()
@@ -254,7 +262,7 @@ ANSWERS = {
     answer.__name__: answer
     for answer in (
         *(plain, empty_texts, pairs, miscounted, short, no_usage, error_event, truncated, cut, reset, hang),
-        *(no_answer, comments, exit_now),
+        *(error_and_cut, no_answer, comments, exit_now),
     )
 } | {
     status.partition(" ")[0]: refuse(status)

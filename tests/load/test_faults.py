@@ -41,6 +41,7 @@ def test_nobody_listens():
         ("cut", "reset", 3),
         ("truncated", "truncated", 3),
         ("error_event", "stream_error", 2),
+        ("error_and_cut", "stream_error", 2),
         ("short", "wrong_count", 5),
     ],
 )
