@@ -226,6 +226,7 @@ def _job(request: _Request, prompt: list[int], max_tokens: int | None, limits: L
     room = longest - len(prompt)
     if max_tokens is not None:
         return Job(content, max_tokens, "length", max_tokens)
+    _require_no_more(request.min_tokens, room)
     natural = max(content.natural_length(), request.min_tokens)
     if request.ignore_eos or natural > room:
         return Job(content, room, "length", None)
@@ -242,12 +243,16 @@ def _check_sampling(request: _Request, max_tokens: int | None) -> None:
         raise bad_request(f"max_tokens must be at least 1, got {max_tokens}.", "max_tokens")
     if request.min_tokens < 0:
         raise bad_request(f"min_tokens must be greater than or equal to 0, got {request.min_tokens}.", "min_tokens")
-    if max_tokens is not None and request.min_tokens > max_tokens:
-        raise bad_request(
-            f"min_tokens must be less than or equal to max_tokens={max_tokens}, got {request.min_tokens}.",
-            "min_tokens",
-        )
+    if max_tokens is not None:
+        _require_no_more(request.min_tokens, max_tokens)
     _check_ranges(request)
+
+
+def _require_no_more(min_tokens: int, max_tokens: int) -> None:
+    if min_tokens > max_tokens:
+        raise bad_request(
+            f"min_tokens must be less than or equal to max_tokens={max_tokens}, got {min_tokens}.", "min_tokens"
+        )
 
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
