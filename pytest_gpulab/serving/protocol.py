@@ -1,8 +1,9 @@
 """Requests of the OpenAI routes as vLLM validates them, turned into jobs for the engine.
 
 Fields that do not change when a token comes (temperature, penalties, stop, ...) are validated and then ignored: the
-emulated model answers what it answers. Three things that vLLM does are refused, because the emulation has no truth
-for them: more than one answer a prompt (`n`), log probabilities, and echoing the prompt.
+emulated model answers what it answers. What vLLM does and the emulation has no truth for is refused: more than one
+answer a prompt (`n`), beam search, cutting the prompt (`truncate_prompt_tokens`), log probabilities, and echoing the
+prompt.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class _Request(_Body):
     max_tokens: int | None = None
     min_tokens: int = 0
     n: int | None = 1
+    use_beam_search: bool = False
+    truncate_prompt_tokens: int | None = None
     ignore_eos: bool = False
     seed: Seed | None = None
     stop: str | list[str] | None = None
@@ -239,6 +242,15 @@ def _check_sampling(request: _Request, max_tokens: int | None) -> None:
         raise bad_request(f"n must be at least 1, got {request.n}.", "n")
     if request.n is not None and request.n > 1:
         raise bad_request(f"n must be 1, got {request.n}: the emulated model has one answer. Send n requests.", "n")
+    if request.use_beam_search:
+        raise bad_request(
+            "`use_beam_search` must be false: the emulated model has no beams. Leave it out.", "use_beam_search"
+        )
+    if request.truncate_prompt_tokens is not None:
+        raise bad_request(
+            "`truncate_prompt_tokens` must not be given: the emulation does not cut prompts. Send a shorter prompt.",
+            "truncate_prompt_tokens",
+        )
     if max_tokens is not None and max_tokens < 1:
         raise bad_request(f"max_tokens must be at least 1, got {max_tokens}.", "max_tokens")
     if request.min_tokens < 0:
