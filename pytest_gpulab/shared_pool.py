@@ -42,6 +42,8 @@ class SharedPool:
         self._owns = given is None
         self.run, self._owner_pid = given or (_new_run(), os.getpid())
         self._path = ledger_path(self.run)
+        self._ledger: Ledger | None = None
+        """What this process knows of the run, whatever becomes of the file."""
         self._heeded: list[signal.Signals] = []
         self._end_run: EndRun = _tear_down
         self._reason = ""
@@ -82,9 +84,10 @@ class SharedPool:
         self._end_run = end or _tear_down
         with FileLock(lock):
             if self._path.exists():
-                return join(Ledger(self._path))
-            ledger = Ledger.create(self._path, Process.of(self._owner_pid))
-            return bring_up(ledger, start(ledger), objects)
+                self._ledger = Ledger(self._path)
+                return join(self._ledger)
+            self._ledger = Ledger.create(self._path, Process.of(self._owner_pid))
+            return bring_up(self._ledger, start(self._ledger), objects)
 
     def stop(self, reason: str) -> None:
         """End the session in order, as SIGTERM does; for threads that find that it must not go on."""
@@ -96,7 +99,9 @@ class SharedPool:
         try:
             return (yield)
         finally:
-            if self._owns and self._path.exists():
+            if self._ledger is not None:
+                self._ledger.rescue()  # a worker's owner may know nothing of it
+            if self._owns and self._begun():
                 self._tear_down()
             self._answer_endings(signal.SIG_DFL)
             if self.problems and session.exitstatus not in _WORSE:
@@ -118,10 +123,19 @@ class SharedPool:
         from pytest_gpulab.kube.ledger import Ledger
 
         self._answer_endings(signal.SIG_IGN)  # it is ending already
+        ledger = Ledger(self._path)
+        if ledger.lost():
+            self.problems = [_nobody_knows(ledger)]
+            return
+        self.problems = ledger.loss()
         try:
-            self.problems = self._end_run(Ledger(self._path))
+            self.problems += self._end_run(ledger)
         except KeyboardInterrupt:  # once more, by somebody who does not want to wait: what is left has a ledger
-            self.problems = ["the teardown was interrupted before its end"]
+            self.problems.append("the teardown was interrupted before its end")
+
+    def _begun(self) -> bool:
+        """Whether there is something to tear down: a worker may have brought it up, and the ledger may be lost."""
+        return self._ledger is not None or self._path.exists() or self._path.with_suffix("").exists()
 
     def _heed(self) -> None:
         """Turn `_ENDINGS` into an orderly end of the session while there is a pool; the owner hears them.
@@ -139,7 +153,7 @@ class SharedPool:
             signal.signal(number, action)
 
     def _end(self, number: int, frame: FrameType | None) -> None:
-        if self._path.exists():
+        if self._begun():
             self._answer_endings(signal.SIG_IGN)  # shell and kernel both tell of a terminal that is gone
             on_interrupt = signal.getsignal(signal.SIGINT)
             if callable(on_interrupt) and on_interrupt is not signal.default_int_handler:
@@ -164,6 +178,13 @@ def _tear_down(run: Ledger) -> list[str]:
     from pytest_gpulab.kube.teardown import tear_down
 
     return tear_down(run).problems
+
+
+def _nobody_knows(run: Ledger) -> str:
+    return (
+        f"the ledger {run.path} must stay until its run is over, but somebody removed it, and the worker that knew "
+        f"it has died: end the processes whose command names {run.folder}"
+    )
 
 
 def _new_run() -> str:

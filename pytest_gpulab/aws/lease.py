@@ -11,6 +11,7 @@ from typing import Final
 
 from pytest_gpulab import render
 from pytest_gpulab.aws import lifecycle
+from pytest_gpulab.aws.auth import write_kubeconfig
 from pytest_gpulab.aws.billing import Bill, BudgetError
 from pytest_gpulab.aws.clients import Clients
 from pytest_gpulab.aws.cluster import machines_of, require_usable
@@ -152,16 +153,26 @@ class Lease:
         if self._ledger is None:
             return tear_down(run).problems
         self._tell(f"taking down what was made on the EKS cluster {self.plan.request.name}")
+        self._rescue(self._ledger)
+        lost = self._ledger.loss()
         try:
             removed = lifecycle.tear_down(self._clients, self._ledger, drained=self._see_what_is_left)
         except (AwsError, KubeError) as left:
             site = lifecycle.site_of(self.plan)
-            return [str(left), f"`gpulab reap --cluster {site.name} --region {site.region} --yes` tries again"]
+            return [*lost, str(left), f"`gpulab reap --cluster {site.name} --region {site.region} --yes` tries again"]
         if self._guard is not None:
             meter = self._guard.meter
             about = f"{'at most' if meter.running else 'about'} {meter.usd(time.time()):.2f} USD"
             self._tell(f"{len(removed)} things are gone; all of it has cost {about}, traffic not counted")
-        return []
+        return lost
+
+    def _rescue(self, ledger: ClusterLedger) -> None:
+        """Write again what somebody removed: without the way in, machines in an adopted cluster would stay."""
+        ledger.rescue()
+        if self._kube is not None and not ledger.kubeconfig.exists():
+            wanted = self.plan.request
+            with suppress(AwsError):  # what then cannot be drained goes with its cluster, or is named
+                write_kubeconfig(require_usable(self._clients, wanted.name), wanted.region, ledger.kubeconfig)
 
     def _see_what_is_left(self) -> None:
         """Once more: machines that are gone now do not cost what the cluster does until its stack is deleted."""

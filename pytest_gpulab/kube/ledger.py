@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,6 +27,8 @@ class Ledger:
     """The ledger at `path`, and the run's private folder beside it."""
 
     path: Path
+    _known: list[Entry] = field(default_factory=list, init=False, repr=False, compare=False)
+    """What it said when this process last read or wrote it."""
 
     @classmethod
     def create(cls, path: Path, owner: Process) -> Self:
@@ -77,6 +79,29 @@ class Ledger:
             os.fsync(file)
         finally:
             os.close(file)
+        self._known.append(entry)
+
+    def lost(self) -> bool:
+        """Whether somebody else removed the file, but not what it names: the run's folder goes first."""
+        return not self.path.exists() and self.folder.exists()
+
+    def rescue(self) -> None:
+        """Write it again as this process knows it, if it is gone."""
+        if self.path.exists():
+            return
+        known = [*self._known, {"entry": "rescued"}]
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.path.touch(mode=0o600)
+        for entry in known:
+            self._append(**entry)
+
+    def loss(self) -> list[str]:
+        """What to tell the user of a ledger that was rescued; nothing of any other."""
+        problem = (
+            f"the ledger {self.path} must stay until its run is over, but somebody removed it: it was written again "
+            "from memory. See that nothing else cleans up that folder"
+        )
+        return [problem] if self._of("rescued") else []
 
     def remove(self) -> None:
         """Forget the run: first its folder, the ledger last."""
@@ -87,7 +112,8 @@ class Ledger:
 
     def entries(self) -> list[Entry]:
         """Every whole line, in order."""
-        return list(_whole(self.path.read_bytes()))
+        self._known[:] = _whole(self.path.read_bytes())
+        return list(self._known)
 
     def owner_lives(self) -> bool:
         """Whether the run's session goes on, or may: see `out_of_sight`."""

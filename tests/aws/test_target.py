@@ -341,6 +341,32 @@ def test_an_adopted_cluster_stays_as_it_was(world: World, project: Callable[...,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("adopted", [False, True], ids=["made", "adopted"])
+def test_lost_ledgers_fail_the_session_at_nothing(
+    world: World, project: Callable[..., Project], adopted: bool
+) -> None:
+    """Somebody cleans up the state folder while a machine runs."""
+    if adopted:
+        lifecycle.make_cluster(world.clients, make_plan("theirs", run="another"), REAL_TIME)
+    before = everything(world.clients)
+    loses = project(
+        """
+        import shutil
+
+        def test_serves(serving, gpu_pool):
+            assert serving(PROFILE).url
+            shutil.rmtree(gpu_pool.ledger.path.parents[1])
+        """
+    )
+    status, output = loses.run(*OPTIONS, *(["--gpulab-cluster=theirs", "--gpulab-certificate="] if adopted else []))
+    assert status == 1 and "1 passed" in output, output
+    assert output.count("must stay until its run is over, but somebody removed it") == 2, "of the run, of the cluster"
+    assert everything(world.clients) == before
+    assert world.cluster.labelled() == [] and world.cluster.machines() == []
+    assert loses.left() == []
+
+
+@pytest.mark.slow
 def test_what_is_left_fails_the_session_with_a_list(world: World, project: Callable[..., Project]) -> None:
     vpc = world.clients("ec2").create_vpc(CidrBlock="10.9.0.0/16")["Vpc"]["VpcId"]
     leaves = project(

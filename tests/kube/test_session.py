@@ -152,3 +152,47 @@ def test_a_target_without_a_cluster_is_blocked(tmp_path: Path) -> None:
     assert status == 0 and "1 skipped" in output, output
     assert "blocked: target vllm has no cluster; choose one of sim, cluster" in output
     assert not project.state.exists()
+
+
+LOSES = """
+    import os
+    import shutil
+    import signal
+
+    def test_loses_what_is_known(gpu_pool):
+        gpu_pool.ledger.path.unlink()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["alone", "xdist"])
+@pytest.mark.parametrize("more", ["", "        shutil.rmtree(gpu_pool.ledger.folder)\n"], ids=["ledger", "all"])
+def test_a_ledger_that_somebody_removed_fails_the_session_at_zero(
+    tmp_path: Path, workers: list[str], more: str
+) -> None:
+    project = Project(tmp_path / "p", LOSES + more)
+    status, output = project.run(*workers)
+    assert status == 1 and "1 passed" in output, output
+    assert "must stay until its run is over, but somebody removed it" in output
+    assert project.left() == []
+
+
+@pytest.mark.slow
+def test_a_signal_ends_it_at_zero_without_a_ledger_too(tmp_path: Path) -> None:
+    project = Project(tmp_path / "p", LOSES + "        os.kill(os.getpid(), signal.SIGTERM)\n")
+    status, output = project.run()
+    assert status == 2, output
+    assert "must stay until its run is over, but somebody removed it" in output
+    assert project.left() == []
+
+
+@pytest.mark.slow
+def test_a_ledger_that_is_lost_with_its_worker_fails_the_session(tmp_path: Path) -> None:
+    project = Project(tmp_path / "p", LOSES + "        os.kill(os.getpid(), signal.SIGKILL)\n")
+    status, output = project.run("-n", "1", "--max-worker-restart", "0")
+    assert status == 1, output
+    (folder,) = (project.state / "gpulab" / "runs").iterdir()
+    assert f"end the processes whose command names {folder}" in output
+    (cluster,) = project._processes()
+    assert str(folder) in cluster
+    os.kill(int(cluster.partition(":")[0]), signal.SIGKILL)
