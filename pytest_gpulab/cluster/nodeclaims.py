@@ -91,6 +91,9 @@ class NodeClaims:
             return None
         if is_deleting(claim):
             return self._end(claim)
+        if is_true(claim, "Registered") and self._loses_node(claim):
+            self._store.delete(NODE_CLAIM, name_of(claim))
+            return None
         if not claim["metadata"].get("finalizers"):
             patch = {"metadata": {"finalizers": [TERMINATION]}}
             claim = self._store.patch(NODE_CLAIM, name_of(claim), "", patch)
@@ -192,6 +195,11 @@ class NodeClaims:
 
     # the end
 
+    def _loses_node(self, claim: Object) -> bool:
+        """Whether somebody deletes its node, or has: then the machine must go too."""
+        node = node_of(self._store, claim)
+        return node is None or is_deleting(node)
+
     def _end(self, claim: Object) -> float | None:
         """Drain the node, terminate the instance, then let claim and node go."""
         node = node_of(self._store, claim)
@@ -212,10 +220,10 @@ class NodeClaims:
 
     def _drained(self, node: Object, claim: Object) -> bool:
         """Taint the node and evict its pods; whether none is left that has to go first."""
+        if DISRUPTED_TAINT not in at(node, "spec.taints", []):
+            taints = [*at(node, "spec.taints", []), dict(DISRUPTED_TAINT)]
+            node = self._store.patch(NODE, name_of(node), "", {"spec": {"taints": taints}})
         if not is_deleting(node):
-            if DISRUPTED_TAINT not in at(node, "spec.taints", []):
-                taints = [*at(node, "spec.taints", []), dict(DISRUPTED_TAINT)]
-                node = self._store.patch(NODE, name_of(node), "", {"spec": {"taints": taints}})
             node = self._store.delete(NODE, name_of(node))
         force = _force_in(claim, self._clock.now())
         left = [pod for pod in self._store.list(POD) if _must_leave(pod, node)]

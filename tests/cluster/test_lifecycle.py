@@ -242,6 +242,39 @@ def test_a_lost_machine_is_replaced():
     tear_down(made)
 
 
+def test_a_lost_machines_claim_goes_with_its_node_and_is_no_room_for_its_pods():
+    """Missed after 50 s by a look every 5 s, deleted by the next; its pods are collected, and bought for at once."""
+    made = cluster(faults=Faults(losses=(600.0,)))
+    made.wait("ready", ready(made), 900, everything(made))
+    made.clock.run_until(made.cloud._start + 600.0)
+    made.wait("deleted", lambda: not made.store.list(NODE), 300, everything(made))
+    run_for(made, 0.01)
+    first = made.cloud.instances["i-00000000000000001"]
+    assert 55 <= made.clock.now() - first.gone <= 61
+    assert not any(at(claim, "status.providerID") == first.provider_id for claim in made.store.list(NODE_CLAIM))
+    (lost,) = (name_of(pod) for pod in pods(made))
+    made.wait("collected", lambda: made.store.find(POD, lost, "default") is None, 120, everything(made))
+    made.wait("replaced", lambda: len(made.cloud.instances) == 2, 12, everything(made))
+
+
+def test_a_node_that_somebody_deletes_is_drained_and_takes_its_machine_along():
+    made = cluster(spot=False)
+    made.wait("ready", ready(made), 900, everything(made))
+    (node,) = made.store.list(NODE)
+    made.store.delete(NODE, name_of(node))
+    run_for(made, 1)
+    (leaving,) = made.store.list(NODE)
+    assert {"key": "karpenter.sh/disrupted", "effect": "NoSchedule"} in at(leaving, "spec.taints")
+    (evicted,) = events(made, "Evicted")
+    assert name_of(node) in evicted["message"]
+    first = made.cloud.instances["i-00000000000000001"]
+    made.wait("billed no longer", lambda: first.stopped is not None, 60, everything(made))
+    made.wait("gone", lambda: made.store.find(NODE, name_of(node)) is None, 300, everything(made))
+    made.wait("ready again", ready(made), 900, everything(made))
+    assert len(made.store.list(NODE_CLAIM)) == len(made.store.list(NODE)) == 1
+    tear_down(made)
+
+
 def test_a_machine_that_never_registers_is_given_up_after_fifteen_minutes_and_tried_again():
     made = cluster(faults=Faults(never_register=True))
     made.wait("launched", lambda: bool(made.cloud.instances), 60, everything(made))
