@@ -6,7 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from fnmatch import fnmatch
+from typing import Literal, NamedTuple
 
 from pytest_gpulab.aws import prices
 from pytest_gpulab.aws.clients import Clients
@@ -17,15 +18,27 @@ CapacityType = Literal["spot", "on-demand"]
 
 _BLOCK_HOURS = 24
 """The step of a Capacity Block's duration."""
-_QUOTAS: dict[tuple[str, CapacityType], tuple[str, str]] = {
-    ("g", "on-demand"): ("L-DB2E81BA", "Running On-Demand G and VT instances"),
-    ("g", "spot"): ("L-3819A6DF", "All G and VT Spot Instance Requests"),
-    ("p", "on-demand"): ("L-417A185B", "Running On-Demand P instances"),
-    ("p", "spot"): ("L-7212CCBC", "All P Spot Instance Requests"),
+
+
+class _Quota(NamedTuple):
+    """An EC2 quota in vCPUs, and the instance types that share it."""
+
+    code: str
+    name: str
+    types: tuple[str, ...]
+
+
+_QUOTAS: dict[CapacityType, tuple[_Quota, ...]] = {
+    "on-demand": (
+        _Quota("L-DB2E81BA", "Running On-Demand G and VT instances", ("g*", "vt*")),
+        _Quota("L-417A185B", "Running On-Demand P instances", ("p*",)),
+    ),
+    "spot": (
+        _Quota("L-3819A6DF", "All G and VT Spot Instance Requests", ("g*", "vt*")),
+        _Quota("L-7212CCBC", "All P4, P3 and P2 Spot Instance Requests", ("p2*", "p3*", "p4*")),
+        _Quota("L-C4BD4855", "All P5 Spot Instance Requests", ("p5*",)),
+    ),
 }
-"""Code and name of the EC2 quota, in vCPUs, of a family's first letter."""
-_SHARING = {"g": ["g*", "vt*"], "p": ["p*"]}
-"""Patterns of the instance types that share a family's quotas."""
 
 
 @dataclass(frozen=True)
@@ -106,30 +119,37 @@ def _size(clients: Clients, instance_type: str) -> tuple[int, int]:
 
 def _shortage(clients: Clients, need: Need, vcpus: int, capacity: CapacityType) -> str | None:
     """Why the account's quota does not allow the need; None if it does."""
-    family = need.instance_type[0]
-    if (family, capacity) not in _QUOTAS:
-        raise ValueError(f"GPU machines are of the families g and p, got {need.instance_type}")
-    code, name = _QUOTAS[family, capacity]
-    with explained(f"asking for the quota {name!r}"):
-        quota = clients("service-quotas").get_service_quota(ServiceCode="ec2", QuotaCode=code)["Quota"]["Value"]
-    wanted = need.nodes * vcpus
-    used = _vcpus_in_use(clients, family, capacity) if quota >= wanted else 0
-    if quota - used >= wanted:
+    quota = _quota_of(need.instance_type, capacity)
+    if quota is None:
+        return f"which quota its {capacity} machines count against is not known, so none is bought"
+    with explained(f"asking for the quota {quota.name!r}"):
+        answer = clients("service-quotas").get_service_quota(ServiceCode="ec2", QuotaCode=quota.code)
+    most, wanted = answer["Quota"]["Value"], need.nodes * vcpus
+    used = _vcpus_in_use(clients, quota, capacity) if most >= wanted else 0
+    if most - used >= wanted:
         return None
     taken = f", {used} of them in use," if used else ","
     asked = f"{need.nodes} machines need" if need.nodes > 1 else "1 machine needs"
-    return f"the quota {name!r} ({code}) is {quota:g} vCPUs{taken} but {asked} {wanted}: ask for more"
+    return f"the quota {quota.name!r} ({quota.code}) is {most:g} vCPUs{taken} but {asked} {wanted}: ask for more"
 
 
-def _vcpus_in_use(clients: Clients, family: str, capacity: CapacityType) -> int:
+def _quota_of(instance_type: str, capacity: CapacityType) -> _Quota | None:
+    """The one that a machine counts against; None where that is not known, as for P6 on spot."""
+    if instance_type[0] not in "gp":
+        raise ValueError(f"GPU machines are of the families g and p, got {instance_type}")
+    quotas = _QUOTAS[capacity]
+    return next((one for one in quotas if any(fnmatch(instance_type, kind) for kind in one.types)), None)
+
+
+def _vcpus_in_use(clients: Clients, quota: _Quota, capacity: CapacityType) -> int:
     """vCPUs of the machines that run now and count against a quota. Unused capacity reservations do so too, but are
     not looked for."""
     states = ["pending", "running", "shutting-down", "stopping"]
     filters = [
-        {"Name": "instance-type", "Values": _SHARING[family]},
+        {"Name": "instance-type", "Values": list(quota.types)},
         {"Name": "instance-state-name", "Values": states},
     ]
-    with explained(f"asking which machines of the family {family} run"):
+    with explained(f"asking which machines count against the quota {quota.name!r}"):
         pages = clients("ec2").get_paginator("describe_instances").paginate(Filters=filters)
         machines = [one for page in pages for group in page["Reservations"] for one in group["Instances"]]
     lifecycle = "spot" if capacity == "spot" else None  # a Capacity Block's is its own, and has no such quota

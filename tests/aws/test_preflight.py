@@ -18,8 +18,14 @@ from pytest_gpulab.aws.supply import Need
 from tests.aws.conftest import ACCOUNT, REGION, Stub, price_list, spot_history
 
 ZONES = [f"{REGION}{letter}" for letter in "abcd"]
-PRICES = {"c6a.large": 0.0765, "g4dn.xlarge": 0.526, "p5.4xlarge": 6.88}
-SIZES = {"g4dn.xlarge": (4, 1), "p5.4xlarge": (16, 1), "p6-b200.48xlarge": (192, 8)}
+PRICES = {
+    "c6a.large": 0.0765,
+    "g4dn.xlarge": 0.526,
+    "p4d.24xlarge": 21.96,
+    "p5.4xlarge": 6.88,
+    "p6-b200.48xlarge": 114.0,
+}
+SIZES = {"g4dn.xlarge": (4, 1), "p4d.24xlarge": (96, 8), "p5.4xlarge": (16, 1), "p6-b200.48xlarge": (192, 8)}
 
 
 class World:
@@ -29,7 +35,8 @@ class World:
         self.account = ACCOUNT
         self.zones = {zone: f"usw2-az{number}" for number, zone in enumerate(ZONES, 1)}
         self.offered = {"g4dn.xlarge": ZONES[1:], "p5.4xlarge": ZONES[:1]}
-        self.quotas = {"L-DB2E81BA": 8.0, "L-3819A6DF": 8.0, "L-417A185B": 0.0, "L-7212CCBC": 0.0}
+        self.quotas = {"L-DB2E81BA": 8.0, "L-3819A6DF": 8.0, "L-417A185B": 0.0}
+        self.quotas |= {"L-7212CCBC": 0.0, "L-C4BD4855": 0.0}
         self.spot = {"g4dn.xlarge": {ZONES[1]: 0.21, ZONES[2]: 0.25, f"{REGION}z": 9.0}}
         self.running: list[dict[str, str]] = []
         self.blocks: Callable[..., Any] = lambda **_: {"CapacityBlockOfferings": []}
@@ -180,6 +187,39 @@ def test_a_capacity_block_of_somebody_counts_against_no_quota(world):
     world.running = [{"InstanceType": "p5.4xlarge", "InstanceLifecycle": "capacity-block"}]
     (supply,) = preflight(world, request(Need("p5.4xlarge", 1, ("on-demand",)))).supplies
     assert supply.reason is None
+
+
+@pytest.mark.parametrize(
+    ("machine", "quota"),
+    [
+        ("p4d.24xlarge", "'All P4, P3 and P2 Spot Instance Requests' (L-7212CCBC)"),
+        ("p5.4xlarge", "'All P5 Spot Instance Requests' (L-C4BD4855)"),
+    ],
+)
+def test_p5_has_a_spot_quota_of_its_own(world, machine, quota):
+    world.offered = {machine: ZONES}
+    world.spot = {machine: dict.fromkeys(ZONES, 2.5)}
+    vcpus = SIZES[machine][0]
+    code = quota[-11:-1]
+    enough = dict.fromkeys(world.quotas, 1000.0)
+    world.quotas = {**enough, code: vcpus - 1.0}
+    short = preflight(world, request(Need(machine, 1, ("spot",)), budget_usd=100.0)).blocked[machine]
+    assert f"the quota {quota} is {vcpus - 1} vCPUs, but 1 machine needs {vcpus}: ask for more" in short
+    world.quotas = {**dict.fromkeys(enough, 0.0), code: float(vcpus)}
+    others = {"p4d.24xlarge", "p5.4xlarge"} - {machine}
+    world.running = [{"InstanceType": other, "InstanceLifecycle": "spot"} for other in others]
+    assert preflight(world, request(Need(machine, 1, ("spot",)), budget_usd=100.0)).blocked == {}
+    world.running.append({"InstanceType": machine, "InstanceLifecycle": "spot"})
+    taken = preflight(world, request(Need(machine, 1, ("spot",)), budget_usd=100.0)).blocked[machine]
+    assert f"{quota} is {vcpus} vCPUs, {vcpus} of them in use" in taken
+
+
+def test_p6_is_not_bought_on_spot_whose_quota_is_not_known(world):
+    world.quotas = dict.fromkeys(world.quotas, 1000.0)
+    world.offered = {"p6-b200.48xlarge": ZONES}
+    (supply,) = preflight(world, request(Need("p6-b200.48xlarge", 1), budget_usd=1000.0)).supplies
+    assert list(supply.prices) == ["on-demand"]
+    assert supply.closed == ("which quota its spot machines count against is not known, so none is bought",)
 
 
 def test_what_is_not_offered_is_blocked_and_the_rest_goes_on(world):

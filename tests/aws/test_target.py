@@ -196,9 +196,7 @@ def test_a_study_from_nothing_to_nothing(world: World, project: Callable[..., Pr
     (run,) = found["delivers"]["runs"]
     assert run["server"] == "vllm 0.25.1 on g4dn.xlarge, EKS in us-west-2, loaded from the client machine"
     assert found["fp4"]["verdict"] == "blocked"
-    assert "p6-b200.48xlarge: the quota 'All P Spot Instance Requests' (L-7212CCBC) is 0 vCPUs" in " ".join(
-        output.split()
-    )
+    assert "the quota 'Running On-Demand P instances' (L-417A185B) is 0 vCPUs" in " ".join(output.split())
     assert "USD/h  at most" in output and "budget 20.00 USD" in output
     assert world.is_empty()
     assert study.left() == []
