@@ -18,8 +18,9 @@ from pytest_gpulab.aws.preflight import Plan, fixed_items
 from pytest_gpulab.aws.supply import CapacityType
 from pytest_gpulab.kube.client import Kube
 
-_SOONEST_S = 120.0
-"""A one-time schedule fires within its minute, and never in the past."""
+TEARDOWN_S = 1800.0
+"""What an orderly end may take until it deletes the stack itself: load balancers, draining pods, machines. The switch
+waits that long beyond time and money, or it would delete the cluster under it."""
 
 
 @dataclass
@@ -37,7 +38,8 @@ class Guard:
     now: Callable[[], float] = time.time
 
     def heartbeat(self, kube: Kube) -> None:
-        """Note what runs, put the switch off: never beyond the TTL, nor beyond what the budget pays at this rate.
+        """Note what runs, put the switch off: never beyond the end of a teardown that begins when time or money is
+        over, at this rate.
 
         Raises:
             BudgetError: money or time is over: tear down.
@@ -48,8 +50,8 @@ class Guard:
         if now >= self.ends:
             raise BudgetError(f"the time of the run on {self.site.name} is over: it ends here")
         if not self.site.adopted:
-            until = min(now + switch.GRACE_S, self.ends, self.meter.exhausted_at(now))
-            switch.move(self.clients, self.site.name, max(until, now + _SOONEST_S))
+            over = min(self.ends, self.meter.exhausted_at(now))
+            switch.move(self.clients, self.site.name, min(now + switch.GRACE_S, over + TEARDOWN_S))
 
     def observe(self, kube: Kube) -> float:
         """Note what runs; when that was."""

@@ -149,12 +149,12 @@ class Switchboard:
     ("ends", "budget", "until"),
     [
         (100_000.0, 1000.0, 100.0 + 3600.0),  # an hour of grace
-        (1000.0, 1000.0, 1000.0),  # the TTL is nearer
-        (100_000.0, 2.0, 2000.0),  # the budget is nearer
-        (101.0, 1000.0, 220.0),  # too near for a schedule that must not lie in the past
+        (1000.0, 1000.0, 1000.0 + 1800.0),  # the TTL is nearer
+        (100_000.0, 1.5, 1500.0 + 1800.0),  # the budget is nearer
+        (101.0, 1000.0, 101.0 + 1800.0),  # the next heartbeat ends it: the teardown has half an hour
     ],
 )
-def test_a_heartbeat_puts_the_switch_off_within_time_and_money(ends, budget, until):
+def test_a_heartbeat_puts_the_switch_off_within_time_and_money_and_what_a_teardown_takes(ends, budget, until):
     world = Switchboard()
     site = Site("lab", "us-west-2", "123456789012", "run-1", adopted=False)
     guard = Guard(world, site, meter(budget), START + ends, now=lambda: START + 100.0)
