@@ -24,6 +24,7 @@ from pytest_gpulab.cluster.karpenter import (
     WaitingPod,
     allowed_disruptions,
     consolidatable_at,
+    must_not_be_disrupted,
 )
 from pytest_gpulab.cluster.manager import Ref, ref_of
 from pytest_gpulab.cluster.nodeclaims import claim_of, node_of
@@ -34,8 +35,6 @@ from pytest_gpulab.cluster.recorder import Recorder
 from pytest_gpulab.cluster.resources import NODE, NODE_CLAIM, NODE_POOL, POD
 from pytest_gpulab.cluster.scheduler import free_on, is_terminal
 from pytest_gpulab.cluster.store import Store
-
-DO_NOT_DISRUPT = "karpenter.sh/do-not-disrupt"
 
 
 class PodEvents:
@@ -148,12 +147,11 @@ class Disruption:
 
     def _may_go(self, claim: Object) -> bool:
         node = node_of(self._store, claim)
-        annotations = claim["metadata"].get("annotations") or {}
         return (
             node is not None
             and is_true(claim, "Consolidatable")
             and not is_deleting(claim)
-            and annotations.get(DO_NOT_DISRUPT) != "true"
+            and not any(map(must_not_be_disrupted, (claim, node)))
             and not self._nominated(node)
         )
 
@@ -182,7 +180,7 @@ class Disruption:
         if pool is None or pool.policy == "WhenEmpty":
             return False
         pods = self._pods_on(claim)
-        if any((pod["metadata"].get("annotations") or {}).get(DO_NOT_DISRUPT) == "true" for pod in pods):
+        if any(map(must_not_be_disrupted, pods)):
             return False
         others = [
             _room(self._store, node)

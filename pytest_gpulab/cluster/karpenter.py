@@ -32,6 +32,7 @@ GARBAGE_POLL_S: Final = 120.0
 NODE_POOL_LABEL: Final = "karpenter.sh/nodepool"
 REGISTERED_LABEL: Final = "karpenter.sh/registered"
 INITIALIZED_LABEL: Final = "karpenter.sh/initialized"
+DO_NOT_DISRUPT: Final = "karpenter.sh/do-not-disrupt"
 TERMINATION: Final = "karpenter.sh/termination"
 UNREGISTERED_TAINT: Final = {"key": "karpenter.sh/unregistered", "effect": "NoExecute"}
 DISRUPTED_TAINT: Final = {"key": "karpenter.sh/disrupted", "effect": "NoSchedule"}
@@ -310,6 +311,11 @@ def _within(capacity: Amounts, left: Amounts | None) -> bool:
 
 
 # --- what goes again ----------------------------------------------------------------------------------------
+
+
+def must_not_be_disrupted(obj: Mapping[str, Any]) -> bool:
+    """Whether a Node, a NodeClaim or a pod is annotated so."""
+    return (obj["metadata"].get("annotations") or {}).get(DO_NOT_DISRUPT) == "true"
 
 
 def consolidatable_at(

@@ -25,6 +25,7 @@ from pytest_gpulab.cluster.karpenter import (
     UNREGISTERED_TAINT,
     Unavailable,
     launch_order,
+    must_not_be_disrupted,
 )
 from pytest_gpulab.cluster.manager import Ref, ref_of
 from pytest_gpulab.cluster.objects import (
@@ -230,7 +231,7 @@ class NodeClaims:
         for pod in left:
             if force is not None and force <= 0:
                 self._store.delete(POD, name_of(pod), namespace_of(pod), grace=0)
-            elif not is_deleting(pod):
+            elif not is_deleting(pod) and _may_be_evicted(pod, force):
                 self._events.normal(pod, "Evicted", f"Evicted pod: {name_of(node)} is being disrupted")
                 self._store.delete(POD, name_of(pod), namespace_of(pod))
         return not left
@@ -275,6 +276,13 @@ def _must_leave(pod: Object, node: Object) -> bool:
         and not (owner and owner["kind"] == "DaemonSet")
         and not tolerates(pod["spec"].get("tolerations") or (), DISRUPTED_TAINT)
     )
+
+
+def _may_be_evicted(pod: Object, force_in: float | None) -> bool:
+    """Whether a drain may ask it to go: one that must not be disrupted goes when just its own grace is left."""
+    if not must_not_be_disrupted(pod):
+        return True
+    return force_in is not None and force_in <= at(pod, "spec.terminationGracePeriodSeconds", 30)
 
 
 def _not_initialized(claim: Object, node: Object) -> tuple[str, str] | None:

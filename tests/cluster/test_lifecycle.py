@@ -148,6 +148,36 @@ def test_an_empty_node_goes_after_consolidate_after_poll_and_validation():
     assert made.clock.now() - start < 120
 
 
+@pytest.mark.parametrize("kind", [NODE, NODE_CLAIM])
+def test_what_is_annotated_so_is_not_disrupted(kind):
+    made = cluster()
+    made.wait("ready", ready(made), 900, everything(made))
+    (kept,) = made.store.list(kind)
+    stay = {"metadata": {"annotations": {"karpenter.sh/do-not-disrupt": "true"}}}
+    made.store.patch(kind, name_of(kept), "", stay)
+    made.store.delete(DEPLOYMENT, "vllm", "default")
+    run_for(made, 600)
+    assert made.store.find(kind, name_of(kept)), "consolidateAfter is 30 s"
+    made.store.patch(kind, name_of(kept), "", {"metadata": {"annotations": None}})
+    made.wait("zero", no_nodes(made), 300, everything(made))
+
+
+def test_a_pod_that_must_not_be_disrupted_is_drained_when_only_its_own_grace_is_left():
+    """Five minutes of the node less thirty seconds of the pod."""
+    made = cluster(spot=False, deployed=None)
+    made.apply(NODE_POOL, pool("gpu-on-demand", "on-demand", terminationGracePeriod="5m"))
+    stays = deployment()
+    stays["spec"]["template"]["metadata"]["annotations"] = {"karpenter.sh/do-not-disrupt": "true"}
+    made.apply(DEPLOYMENT, stays)
+    made.wait("ready", ready(made), 900, everything(made))
+    (claim,) = made.store.list(NODE_CLAIM)
+    made.store.delete(NODE_CLAIM, name_of(claim))
+    evicted = made.wait("evicted", lambda: bool(events(made, "Evicted")), 600, everything(made))
+    assert evicted == pytest.approx(300 - 30, abs=2)
+    gone = made.wait("gone", lambda: not made.store.find(NODE_CLAIM, name_of(claim)), 600, everything(made))
+    assert gone < 60
+
+
 def test_a_pod_that_comes_back_during_validation_keeps_the_node():
     made = cluster()
     made.wait("ready", ready(made), 900, everything(made))
