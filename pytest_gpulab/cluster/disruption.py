@@ -140,10 +140,11 @@ class Disruption:
         """Empty nodes; without any, the first node whose pods fit on the others."""
         claims = [claim for claim in self._store.list(NODE_CLAIM) if self._may_go(claim)]
         empty = [claim for claim in claims if not self._pods_on(claim)]
-        within = self._within_budgets(empty)
+        within = self._within_budgets(empty, "Empty")
         if within:
             return within
-        return self._within_budgets([claim for claim in claims if self._fit_elsewhere(claim)])[:1]
+        used = [claim for claim in claims if claim not in empty]  # a budget that holds the empty ones holds them here
+        return self._within_budgets([claim for claim in used if self._fit_elsewhere(claim)], "Underutilized")[:1]
 
     def _may_go(self, claim: Object) -> bool:
         node = node_of(self._store, claim)
@@ -195,7 +196,7 @@ class Disruption:
             room.free = plus(room.free, wanted.requests, -1)
         return True
 
-    def _within_budgets(self, claims: list[Object]) -> list[Object]:
+    def _within_budgets(self, claims: list[Object], reason: str) -> list[Object]:
         taken: Counter[str] = Counter()
         chosen = []
         for claim in claims:
@@ -204,7 +205,7 @@ class Disruption:
                 continue
             all_claims = self._store.list(NODE_CLAIM, labels=f"{NODE_POOL_LABEL}={pool.name}")
             leaving = sum(is_deleting(other) for other in all_claims)
-            if taken[pool.name] < allowed_disruptions(pool.budgets, len(all_claims), leaving):
+            if taken[pool.name] < allowed_disruptions(pool.budgets, len(all_claims), leaving, reason):
                 taken[pool.name] += 1
                 chosen.append(claim)
         return chosen

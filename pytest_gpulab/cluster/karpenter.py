@@ -4,7 +4,8 @@ which nodes go again.
 Facts from sigs.k8s.io/karpenter v1 (pkg/controllers/provisioning, pkg/controllers/disruption) and
 karpenter-provider-aws v1 (pkg/providers/instance). Times are seconds of the cluster's clock.
 
-Not modelled: topology spread and pod affinity (a GPU node holds few pods), replacement by a cheaper node.
+Not modelled: topology spread and pod affinity (a GPU node holds few pods), replacement by a cheaper node, and budgets
+with a schedule (the API refuses them).
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Pool:
     consolidate_after: float | None = 0.0
     """None: never."""
     policy: str = "WhenEmptyOrUnderutilized"
-    budgets: tuple[str | int, ...] = ("10%",)
+    budgets: tuple[Mapping[str, Any], ...] = ({"nodes": "10%"},)
 
     @classmethod
     def of(cls, obj: Mapping[str, Any]) -> Pool:
@@ -102,7 +103,7 @@ class Pool:
             limits=amounts(limits) if limits else None,
             consolidate_after=duration(disruption.get("consolidateAfter", "0s")),
             policy=disruption.get("consolidationPolicy", "WhenEmptyOrUnderutilized"),
-            budgets=tuple(budget["nodes"] for budget in disruption.get("budgets") or ({"nodes": "10%"},)),
+            budgets=tuple(disruption.get("budgets") or ({"nodes": "10%"},)),
         )
 
     def node_labels(self, offering: Offering) -> dict[str, str]:
@@ -330,10 +331,16 @@ def consolidatable_at(
     return (initialized if last_pod_event is None else last_pod_event) + consolidate_after
 
 
-def allowed_disruptions(budgets: Iterable[str | int], nodes: int, disrupting: int) -> int:
-    """How many more nodes of a pool may be disrupted: the strictest budget, percentages rounded up."""
+def allowed_disruptions(budgets: Iterable[Mapping[str, Any]], nodes: int, disrupting: int, reason: str) -> int:
+    """How many more nodes of a pool may be disrupted: the strictest budget that is for the reason, or for any."""
     limits = [
-        math.ceil(nodes * int(str(budget)[:-1]) / 100) if str(budget).endswith("%") else int(budget)
+        _limit(str(budget.get("nodes", "10%")), nodes)
         for budget in budgets
+        if reason in (budget.get("reasons") or (reason,))
     ]
     return max(0, min(limits, default=nodes) - disrupting)
+
+
+def _limit(budget: str, nodes: int) -> int:
+    """Percentages are rounded up."""
+    return math.ceil(nodes * int(budget[:-1]) / 100) if budget.endswith("%") else int(budget)

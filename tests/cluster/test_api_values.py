@@ -70,6 +70,12 @@ MEANINGLESS: list[tuple[Resource, Object, int, str]] = [
     (kinds.NODE_POOL, node_pool(limits={"cpu": "abc"}), 422, 'spec.limits.cpu: Invalid value: "abc"'),
     (kinds.NODE_POOL, node_pool(disruption={"consolidateAfter": "soon"}), 422, "in body should match"),
     (kinds.NODE_POOL, node_pool(disruption={"budgets": [{"nodes": "x%"}]}), 422, "budgets[0].nodes: Invalid"),
+    (
+        kinds.NODE_POOL,
+        node_pool(disruption={"budgets": [{"nodes": "0", "schedule": "@daily", "duration": "8h"}]}),
+        422,
+        'budgets[0].schedule: Invalid value: "@daily": not emulated here: leave it out, or ask EKS',
+    ),
     (kinds.NODE_POOL, {"metadata": {"name": "web"}}, 422, "spec.template.spec: Required value"),
     (kinds.POD, {"metadata": {"name": "web"}}, 422, "spec.containers: Required value"),
     (kinds.DEPLOYMENT, {"metadata": {"name": "web"}}, 422, "[spec.selector: Required value, spec.template: Req"),

@@ -208,4 +208,12 @@ def test_consolidation_counts_from_the_last_pod_event(initialized, event, after,
     ],
 )
 def test_budgets_round_up_and_the_strictest_counts(budgets, nodes, disrupting, expected):
-    assert allowed_disruptions(budgets, nodes, disrupting) == expected
+    given = [{"nodes": budget} for budget in budgets]
+    assert allowed_disruptions(given, nodes, disrupting, "Empty") == expected
+
+
+def test_a_budget_for_some_reasons_counts_for_these_only():
+    budgets = [{"nodes": "0", "reasons": ["Underutilized", "Drifted"]}, {"nodes": "3"}]
+    assert allowed_disruptions(budgets, 4, 0, "Underutilized") == 0
+    assert allowed_disruptions(budgets, 4, 0, "Empty") == 3
+    assert allowed_disruptions(budgets[:1], 4, 0, "Empty") == 4

@@ -206,6 +206,19 @@ def test_a_node_that_pods_do_not_need_is_taken_and_they_move():
     tear_down(made)
 
 
+@pytest.mark.parametrize(("reasons", "stays"), [(["Empty"], True), (["Underutilized"], False), (None, True)])
+def test_a_budget_holds_empty_nodes_if_it_is_for_them(reasons, stays):
+    made = cluster(spot=False, deployed=None)
+    found = pool("gpu-on-demand", "on-demand")
+    found["spec"]["disruption"]["budgets"] = [{"nodes": "0", **({"reasons": reasons} if reasons else {})}]
+    made.apply(NODE_POOL, found)
+    made.apply(DEPLOYMENT, deployment())
+    made.wait("ready", ready(made), 900, everything(made))
+    made.store.delete(DEPLOYMENT, "vllm", "default")
+    run_for(made, 600)
+    assert bool(made.store.list(NODE)) == stays
+
+
 # --- capacity
 
 

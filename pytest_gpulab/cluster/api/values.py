@@ -112,7 +112,11 @@ def _node_pool(obj: Object) -> Iterator[Cause]:
     after = "spec.disruption.consolidateAfter"
     yield from _pattern(after, at(obj, after, "0s"), _DURATIONS)
     for place, budget in enumerate(at(obj, "spec.disruption.budgets", [])):
-        yield from _pattern(f"spec.disruption.budgets[{place}].nodes", at(budget, "nodes", "10%"), _NODES)
+        path = f"spec.disruption.budgets[{place}]"
+        yield from _pattern(f"{path}.nodes", at(budget, "nodes", "10%"), _NODES)
+        for field in ("schedule", "duration"):
+            if at(budget, field) is not None:
+                yield _invalid(f"{path}.{field}", budget[field], "not emulated here: leave it out, or ask EKS")
 
 
 def _pattern(field: str, value: Any, pattern: str) -> Iterator[Cause]:
