@@ -26,7 +26,7 @@ def pool(
     return {
         "metadata": {"name": name},
         "spec": {
-            "weight": weight,
+            **({"weight": weight} if weight else {}),
             "limits": {"nvidia.com/gpu": str(gpus)},
             "disruption": {
                 "consolidationPolicy": "WhenEmptyOrUnderutilized",

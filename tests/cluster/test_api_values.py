@@ -32,6 +32,23 @@ def pods_metric(**target: Any) -> Object:
     return {"metadata": {"name": "web"}, "spec": spec}
 
 
+def autoscaler(**replicas: int) -> Object:
+    return {
+        "metadata": {"name": "web"},
+        "spec": {"scaleTargetRef": {"kind": "Deployment", "name": "web"}, **replicas},
+    }
+
+
+def relabelled(**labels: str) -> Object:
+    made = deployment()
+    made["spec"]["template"]["metadata"]["labels"] = labels
+    return made
+
+
+def pod(**resources: Object) -> Object:
+    return {"metadata": {"name": "web"}, "spec": {"containers": [{"name": "c", "resources": resources}]}}
+
+
 def inbound(cidr: str) -> Object:
     return {"metadata": {"name": "web"}, "spec": {"inboundCIDRs": [cidr]}}
 
@@ -77,6 +94,43 @@ MEANINGLESS: list[tuple[Resource, Object, int, str]] = [
         'budgets[0].schedule: Invalid value: "@daily": not emulated here: leave it out, or ask EKS',
     ),
     (kinds.NODE_POOL, {"metadata": {"name": "web"}}, 422, "spec.template.spec: Required value"),
+    (kinds.NODE_POOL, node_pool(weight=500), 422, "spec.weight in body should be less than or equal to 100"),
+    (kinds.NODE_POOL, node_pool(weight=0), 422, "spec.weight in body should be greater than or equal to 1"),
+    (kinds.HPA, autoscaler(minReplicas=0, maxReplicas=2), 422, "minReplicas: Invalid value: 0: must be greater than"),
+    (kinds.HPA, autoscaler(maxReplicas=0), 422, "spec.maxReplicas: Invalid value: 0: must be greater than 0"),
+    (kinds.HPA, autoscaler(minReplicas=3, maxReplicas=2), 422, "must be greater than or equal to `minReplicas`"),
+    (
+        kinds.DEPLOYMENT,
+        relabelled(a="c"),
+        422,
+        'spec.template.metadata.labels: Invalid value: {"a": "c"}: `selector` does not match template `labels`',
+    ),
+    (kinds.DAEMON_SET, relabelled(), 422, "`selector` does not match template `labels`"),
+    (
+        kinds.POD,
+        pod(requests={"nvidia.com/gpu": "1"}),
+        422,
+        "spec.containers[0].resources.limits: Required value: Limit must be set for non overcommitable resources",
+    ),
+    (
+        kinds.POD,
+        pod(requests={"nvidia.com/gpu": "1"}, limits={"nvidia.com/gpu": "2"}),
+        422,
+        'spec.containers[0].resources.requests: Invalid value: "1": must be equal to nvidia.com/gpu limit of 2',
+    ),
+    (
+        kinds.POD,
+        pod(limits={"nvidia.com/gpu": "500m"}),
+        422,
+        'resources.limits[nvidia.com/gpu]: Invalid value: "500m": must be an integer',
+    ),
+    (
+        kinds.DEPLOYMENT,
+        deployment(resources={"requests": {"cpu": "1500m"}, "limits": {"cpu": 1}}),
+        422,
+        'template.spec.containers[0].resources.requests: Invalid value: "1500m": must be less than or equal to cpu '
+        "limit of 1",
+    ),
     (kinds.POD, {"metadata": {"name": "web"}}, 422, "spec.containers: Required value"),
     (kinds.DEPLOYMENT, {"metadata": {"name": "web"}}, 422, "[spec.selector: Required value, spec.template: Req"),
 ]
@@ -97,6 +151,8 @@ def test_values_that_nothing_can_be_computed_with_are_refused(
         (kinds.DEPLOYMENT, deployment({"maxSurge": "25%", "maxUnavailable": 0})),
         (kinds.DEPLOYMENT, deployment(resources={"limits": {"cpu": 0.5, "memory": "1.5Gi", "storage": "2Ei"}})),
         (kinds.HPA, pods_metric(averageValue="1m")),
+        (kinds.HPA, autoscaler(minReplicas=2, maxReplicas=2)),
+        (kinds.POD, pod(limits={"nvidia.com/gpu": "1", "cpu": "2"}, requests={"cpu": "2000m", "memory": "1Gi"})),
         (kinds.INGRESS_CLASS_PARAMS, inbound("2001:db8::/32")),
         (kinds.NODE_POOL, node_pool(disruption={"consolidateAfter": "1h30m", "budgets": [{"nodes": "10%"}]})),
     ],

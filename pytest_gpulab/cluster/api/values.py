@@ -18,6 +18,7 @@ from pytest_gpulab.cluster.errors import Cause
 from pytest_gpulab.cluster.objects import Object, at
 from pytest_gpulab.cluster.quantity import is_quantity, quantity
 from pytest_gpulab.cluster.resources import Resource
+from pytest_gpulab.cluster.selectors import label_selector, selector_text
 
 _PROBES = ("livenessProbe", "readinessProbe", "startupProbe")
 _PROBE_NUMBERS = ("initialDelaySeconds", "timeoutSeconds", "periodSeconds", "successThreshold", "failureThreshold")
@@ -51,8 +52,33 @@ def _pod_spec(spec: Object, path: str) -> Iterator[Cause]:
         yield _required(f"{path}.containers")
     for containers in ("initContainers", "containers"):
         for place, container in enumerate(at(spec, containers, [])):
+            where = f"{path}.{containers}[{place}]"
             for probe in _PROBES:
-                yield from _probe(at(container, probe, {}), f"{path}.{containers}[{place}].{probe}")
+                yield from _probe(at(container, probe, {}), f"{where}.{probe}")
+            yield from _resources(at(container, "resources", {}), f"{where}.resources")
+
+
+def _resources(resources: Object, path: str) -> Iterator[Cause]:
+    """A request is within its limit; of devices there are whole ones, as many requested as the limit says."""
+    limits, requests = at(resources, "limits", {}), at(resources, "requests", {})
+    for field, amounts in (("limits", limits), ("requests", requests)):
+        for name, amount in amounts.items():
+            if _is_extended(name) and quantity(amount).denominator != 1:
+                yield _invalid(f"{path}.{field}[{name}]", str(amount), "must be an integer")
+    for name, amount in requests.items():
+        if name not in limits:
+            if _is_extended(name):
+                yield _required(f"{path}.limits", "Limit must be set for non overcommitable resources")
+        elif _is_extended(name) and quantity(amount) != quantity(limits[name]):
+            yield _invalid(f"{path}.requests", str(amount), f"must be equal to {name} limit of {limits[name]}")
+        elif quantity(amount) > quantity(limits[name]):
+            why = f"must be less than or equal to {name} limit of {limits[name]}"
+            yield _invalid(f"{path}.requests", str(amount), why)
+
+
+def _is_extended(name: str) -> bool:
+    """Whether it is a device's, such as nvidia.com/gpu: whatever has a domain that is not Kubernetes' own."""
+    return "/" in name and "kubernetes.io/" not in name
 
 
 def _probe(probe: Object, path: str) -> Iterator[Cause]:
@@ -69,8 +95,15 @@ def _template(obj: Object) -> Iterator[Cause]:
     return _pod_spec(at(obj, "spec.template.spec", {}), "spec.template.spec")
 
 
-def _deployment(obj: Object) -> Iterator[Cause]:
+def _selected_template(obj: Object) -> Iterator[Cause]:
     yield from _template(obj)
+    labels = at(obj, "spec.template.metadata.labels", {})
+    if not label_selector(selector_text(at(obj, "spec.selector")))(labels):
+        yield _invalid("spec.template.metadata.labels", labels, "`selector` does not match template `labels`")
+
+
+def _deployment(obj: Object) -> Iterator[Cause]:
+    yield from _selected_template(obj)
     for field in ("maxUnavailable", "maxSurge"):
         path = f"spec.strategy.rollingUpdate.{field}"
         value = at(obj, path, 0)
@@ -84,6 +117,13 @@ def _deployment(obj: Object) -> Iterator[Cause]:
 
 
 def _autoscaler(obj: Object) -> Iterator[Cause]:
+    least, most = at(obj, "spec.minReplicas", 1), at(obj, "spec.maxReplicas", 0)
+    if least < 1:
+        yield _invalid("spec.minReplicas", least, "must be greater than or equal to 1")
+    if most < 1:
+        yield _invalid("spec.maxReplicas", most, "must be greater than 0")
+    if most < least:
+        yield _invalid("spec.maxReplicas", most, "must be greater than or equal to `minReplicas`")
     for place, metric in enumerate(at(obj, "spec.metrics", [])):
         path = f"spec.metrics[{place}]"
         for source, spec in metric.items():
@@ -106,6 +146,10 @@ def _target(target: Object, path: str) -> Iterator[Cause]:
 def _node_pool(obj: Object) -> Iterator[Cause]:
     if at(obj, "spec.template.spec") is None:
         yield _required("spec.template.spec")
+    weight = at(obj, "spec.weight", 1)
+    if not 1 <= weight <= 100:
+        bound = "greater than or equal to 1" if weight < 1 else "less than or equal to 100"
+        yield _invalid("spec.weight", weight, f"spec.weight in body should be {bound}")
     for name, limit in at(obj, "spec.limits", {}).items():
         if not is_quantity(limit):
             yield _invalid(f"spec.limits.{name}", limit, "must be a quantity such as 4 or 16Gi")
@@ -141,9 +185,9 @@ def _ingress_class_params(obj: Object) -> Iterator[Cause]:
 _CHECKS: dict[Resource, Callable[[Object], Iterable[Cause]]] = {
     kinds.POD: _pod,
     kinds.DEPLOYMENT: _deployment,
-    kinds.REPLICA_SET: _template,
-    kinds.STATEFUL_SET: _template,
-    kinds.DAEMON_SET: _template,
+    kinds.REPLICA_SET: _selected_template,
+    kinds.STATEFUL_SET: _selected_template,
+    kinds.DAEMON_SET: _selected_template,
     kinds.JOB: _template,
     kinds.HPA: _autoscaler,
     kinds.NODE_POOL: _node_pool,
