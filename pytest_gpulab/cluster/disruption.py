@@ -1,7 +1,7 @@
-"""Karpenter takes nodes away: empty ones, unneeded ones, those whose spot capacity ends, those that are lost.
+"""Karpenter takes nodes away: empty, unneeded and expired ones, those whose spot capacity ends, those that are lost.
 
-Facts from sigs.k8s.io/karpenter v1: pkg/controllers/nodeclaim/podevents, nodeclaim/disruption/consolidation.go,
-pkg/controllers/disruption (poll 10 s, validation 15 s), nodeclaim/garbagecollection (every 2 min).
+Facts from sigs.k8s.io/karpenter v1: pkg/controllers/nodeclaim (podevents, disruption/consolidation.go, expiration,
+garbagecollection every 2 min) and pkg/controllers/disruption (poll 10 s, validation 15 s).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pytest_gpulab.cluster.manager import Ref, ref_of
 from pytest_gpulab.cluster.nodeclaims import claim_of, node_of
 from pytest_gpulab.cluster.objects import Object, at, controller_of, is_deleting, name_of, seconds, timestamp, uid_of
 from pytest_gpulab.cluster.provisioning import is_unschedulable, node_is_initialized
-from pytest_gpulab.cluster.quantity import plus, pod_requests
+from pytest_gpulab.cluster.quantity import duration, plus, pod_requests
 from pytest_gpulab.cluster.recorder import Recorder
 from pytest_gpulab.cluster.resources import NODE, NODE_CLAIM, NODE_POOL, POD
 from pytest_gpulab.cluster.scheduler import free_on, is_terminal
@@ -104,6 +104,32 @@ class Consolidatable:
             kept = [item for item in at(claim, "status.conditions", []) if item["type"] != "Consolidatable"]
             self._store.update_status(NODE_CLAIM, with_status(claim, conditions=kept))
         return None if due == float("inf") else due - now
+
+
+class Expiration:
+    """Deletes a NodeClaim that is older than its expireAfter, whatever the budgets say."""
+
+    watches = (NODE_CLAIM,)
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+
+    def refs(self, event: Event) -> Iterable[Ref]:
+        """The claim."""
+        return (ref_of(event),)
+
+    def reconcile(self, ref: Ref) -> float | None:
+        """Delete it if it is time; seconds until it will be."""
+        claim = self._store.find(NODE_CLAIM, *ref)
+        lives = duration(at(claim, "spec.expireAfter"))
+        if claim is None or is_deleting(claim) or lives is None:
+            return None
+        left = seconds(claim["metadata"]["creationTimestamp"]) + lives - self._clock.now()
+        if left > 0:
+            return left
+        self._store.delete(NODE_CLAIM, name_of(claim))
+        return None
 
 
 class Disruption:

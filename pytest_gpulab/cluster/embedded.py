@@ -13,7 +13,14 @@ from pytest_gpulab.cluster.autoscaler import Autoscaler
 from pytest_gpulab.cluster.clock import Clock, VirtualClock
 from pytest_gpulab.cluster.cloud import GPU, Cloud, Offering, catalog
 from pytest_gpulab.cluster.conditions import is_true
-from pytest_gpulab.cluster.disruption import Consolidatable, Disruption, GarbageCollection, Interruption, PodEvents
+from pytest_gpulab.cluster.disruption import (
+    Consolidatable,
+    Disruption,
+    Expiration,
+    GarbageCollection,
+    Interruption,
+    PodEvents,
+)
 from pytest_gpulab.cluster.durations import G4DN, Durations, Stages
 from pytest_gpulab.cluster.jobs import Jobs
 from pytest_gpulab.cluster.karpenter import Unavailable
@@ -80,6 +87,7 @@ class EmbeddedCluster:
             Services(store),
             PodEvents(store, clock),
             Consolidatable(store, clock),
+            Expiration(store, clock),
             Autoscaler(store, clock, self.prometheus.values),
             *(NodeClasses(store, clock, kind) for kind in CLASSES),
             NodePools(store, clock),

@@ -94,6 +94,13 @@ MEANINGLESS: list[tuple[Resource, Object, int, str]] = [
         'budgets[0].schedule: Invalid value: "@daily": not emulated here: leave it out, or ask EKS',
     ),
     (kinds.NODE_POOL, {"metadata": {"name": "web"}}, 422, "spec.template.spec: Required value"),
+    (kinds.NODE_POOL, pool("web", "spot", 1, expireAfter="2w"), 422, "spec.expireAfter in body should match"),
+    (
+        kinds.NODE_CLAIM,
+        {"metadata": {"name": "web"}, "spec": {"terminationGracePeriod": "Never"}},
+        422,
+        "should match",
+    ),
     (kinds.NODE_POOL, node_pool(weight=500), 422, "spec.weight in body should be less than or equal to 100"),
     (kinds.NODE_POOL, node_pool(weight=0), 422, "spec.weight in body should be greater than or equal to 1"),
     (kinds.HPA, autoscaler(minReplicas=0, maxReplicas=2), 422, "minReplicas: Invalid value: 0: must be greater than"),

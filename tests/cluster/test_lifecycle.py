@@ -206,6 +206,23 @@ def test_a_node_that_pods_do_not_need_is_taken_and_they_move():
     tear_down(made)
 
 
+@pytest.mark.parametrize(("expires", "machines"), [("2h", 2), ("Never", 1)])
+def test_a_machine_is_replaced_when_it_expires_whatever_the_budget(expires, machines):
+    made = cluster(spot=False, deployed=None)
+    found = pool("gpu-on-demand", "on-demand", expireAfter=expires)
+    found["spec"]["disruption"]["budgets"] = [{"nodes": "0"}]
+    made.apply(NODE_POOL, found)
+    made.apply(DEPLOYMENT, deployment())
+    made.wait("ready", ready(made), 900, everything(made))
+    first = made.cloud.instances["i-00000000000000001"]
+    run_for(made, 7200 - 900)
+    assert first.stopped is None
+    run_for(made, 900 + 900)
+    assert len(made.cloud.instances) == machines
+    assert (first.stopped is None) == (expires == "Never")
+    assert ready(made)()
+
+
 @pytest.mark.parametrize(("reasons", "stays"), [(["Empty"], True), (["Underutilized"], False), (None, True)])
 def test_a_budget_holds_empty_nodes_if_it_is_for_them(reasons, stays):
     made = cluster(spot=False, deployed=None)

@@ -27,6 +27,7 @@ _PERCENT = (
     "(e.g. '1%',  or '93%', regex used for validation is '[0-9]+%')"
 )
 _DURATIONS = r"^(([0-9]+(s|m|h))+|Never)$"
+_SPANS = r"^([0-9]+(s|m|h))+$"
 _NODES = r"^((100|[0-9]{1,2})%|[0-9]+)$"
 
 
@@ -153,6 +154,7 @@ def _node_pool(obj: Object) -> Iterator[Cause]:
     for name, limit in at(obj, "spec.limits", {}).items():
         if not is_quantity(limit):
             yield _invalid(f"spec.limits.{name}", limit, "must be a quantity such as 4 or 16Gi")
+    yield from _lifetimes(at(obj, "spec.template.spec", {}), "spec.template.spec")
     after = "spec.disruption.consolidateAfter"
     yield from _pattern(after, at(obj, after, "0s"), _DURATIONS)
     for place, budget in enumerate(at(obj, "spec.disruption.budgets", [])):
@@ -161,6 +163,15 @@ def _node_pool(obj: Object) -> Iterator[Cause]:
         for field in ("schedule", "duration"):
             if at(budget, field) is not None:
                 yield _invalid(f"{path}.{field}", budget[field], "not emulated here: leave it out, or ask EKS")
+
+
+def _node_claim(obj: Object) -> Iterator[Cause]:
+    return _lifetimes(at(obj, "spec", {}), "spec")
+
+
+def _lifetimes(node: Object, path: str) -> Iterator[Cause]:
+    yield from _pattern(f"{path}.expireAfter", at(node, "expireAfter", "720h"), _DURATIONS)
+    yield from _pattern(f"{path}.terminationGracePeriod", at(node, "terminationGracePeriod", "0s"), _SPANS)
 
 
 def _pattern(field: str, value: Any, pattern: str) -> Iterator[Cause]:
@@ -191,5 +202,6 @@ _CHECKS: dict[Resource, Callable[[Object], Iterable[Cause]]] = {
     kinds.JOB: _template,
     kinds.HPA: _autoscaler,
     kinds.NODE_POOL: _node_pool,
+    kinds.NODE_CLAIM: _node_claim,
     kinds.INGRESS_CLASS_PARAMS: _ingress_class_params,
 }
