@@ -27,14 +27,25 @@ def since(obj: Mapping[str, Any], kind: str) -> float | None:
 
 
 def with_condition(
-    obj: Object, now: float, kind: str, status: str | bool, reason: str = "", message: str = ""
+    obj: Object,
+    now: float,
+    kind: str,
+    status: str | bool,
+    reason: str = "",
+    message: str = "",
+    *,
+    updated: float | None = None,
 ) -> Object:
-    """A copy with the condition set; the transition time moves only when its status does."""
+    """A copy with the condition set; the transition time moves only when its status does.
+
+    `updated`: lastUpdateTime, of conditions that have one.
+    """
     text = status if isinstance(status, str) else str(status)
     old = condition(obj, kind)
     moved = old is None or old["status"] != text
     at = timestamp(now) if moved or old is None else old["lastTransitionTime"]
     new = {"type": kind, "status": text, "lastTransitionTime": at}
+    new |= {} if updated is None else {"lastUpdateTime": timestamp(updated)}
     new |= {"reason": reason} if reason else {}
     new |= {"message": message} if message else {}
     conditions = (obj.get("status") or {}).get("conditions") or ()

@@ -25,6 +25,7 @@ from pytest_gpulab.cluster.objects import (
     namespace_of,
     owner_reference,
 )
+from pytest_gpulab.cluster.progress import deadline_in, with_progress
 from pytest_gpulab.cluster.recorder import Recorder
 from pytest_gpulab.cluster.resources import DEPLOYMENT, POD, REPLICA_SET
 from pytest_gpulab.cluster.store import Store
@@ -145,7 +146,7 @@ class Deployments:
         return () if found is None else _owner_ref(event._replace(object=found), "Deployment")
 
     def reconcile(self, ref: Ref) -> float | None:
-        """One step of the rollout, then report."""
+        """One step of the rollout, then report; seconds until it has taken too long."""
         deployment = self._store.find(DEPLOYMENT, *ref)
         if deployment is None or is_deleting(deployment):
             return None
@@ -156,8 +157,7 @@ class Deployments:
                 self._recreate(deployment, current, old)
             else:
                 self._roll(deployment, current, old)
-        self._report(ref)
-        return None
+        return self._report(ref)
 
     def _owned(self, deployment: Object) -> list[Object]:
         return [obj for kind, obj in self._store.dependents(deployment) if kind is REPLICA_SET]
@@ -229,7 +229,7 @@ class Deployments:
             deployment, "ScalingReplicaSet", f"Scaled {how} replica set {name} from {before} to {replicas}"
         )
 
-    def _report(self, ref: Ref) -> None:
+    def _report(self, ref: Ref) -> float | None:
         deployment = self._store.get(DEPLOYMENT, *ref)
         owned = self._owned(deployment)
         digest = template_hash(deployment["spec"]["template"])
@@ -248,14 +248,13 @@ class Deployments:
             "MinimumReplicasAvailable" if enough else "MinimumReplicasUnavailable",
             f"Deployment {'has' if enough else 'does not have'} minimum availability.",
         )
-        done = updated == total == ready == wanted
-        reason = "NewReplicaSetAvailable" if done else "ReplicaSetUpdated"
-        reported = with_condition(reported, now, "Progressing", True, reason)
         counts = {"replicas": total, "updatedReplicas": updated, "readyReplicas": ready, "availableReplicas": ready}
+        reported = with_progress(reported, counts, now, f"{name_of(deployment)}-{digest}")
         counts["unavailableReplicas"] = max(0, wanted - ready)
         reported = with_status(reported, **{name: count or None for name, count in counts.items()})
         reported = with_status(reported, observedGeneration=deployment["metadata"].get("generation", 1))
         self._store.update_status(DEPLOYMENT, _any_version(reported))
+        return deadline_in(reported, now)
 
 
 def _any_version(obj: Object) -> Object:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from pytest_gpulab.cluster.api.validation import checked
-from pytest_gpulab.cluster.conditions import is_true
+from pytest_gpulab.cluster.conditions import condition, is_true
 from pytest_gpulab.cluster.objects import is_deleting, name_of
 from pytest_gpulab.cluster.resources import DEPLOYMENT, POD, REPLICA_SET
 from pytest_gpulab.cluster.service import ready_pods
 from pytest_gpulab.cluster.workloads import HASH_LABEL, REVISION, _victim_rank, fenceposts, template_hash
+from pytest_gpulab.fleet import Faults, Shortage
 from tests.cluster.scene import cluster, deployment, pool
 from tests.cluster.test_lifecycle import everything, ready, run_for
 
@@ -66,6 +67,41 @@ def test_a_deployment_owns_a_replica_set_that_owns_its_pods():
     run_for(made, 60)
     assert not made.store.list(REPLICA_SET)
     assert not made.store.list(POD)
+
+
+def progressing(made):
+    found = condition(made.store.get(DEPLOYMENT, "vllm", "default"), "Progressing")
+    return found["status"], found["reason"]
+
+
+def test_a_rollout_without_progress_exceeds_its_deadline_until_it_goes_on():
+    made = cluster(deployed=None, faults=Faults(shortages=(Shortage(end_s=1200.0),)))
+    slow = deployment()
+    slow["spec"]["progressDeadlineSeconds"] = 900
+    made.apply(DEPLOYMENT, slow)
+    run_for(made, 899)
+    assert progressing(made) == ("True", "ReplicaSetUpdated")
+    run_for(made, 3)
+    assert progressing(made) == ("False", "ProgressDeadlineExceeded")
+    made.wait("ready", ready(made), 1800, everything(made))
+    run_for(made, 1)
+    assert progressing(made) == ("True", "NewReplicaSetAvailable")
+
+
+def test_a_completed_rollout_has_no_deadline_whatever_becomes_of_its_pods():
+    """Kubernetes' own: what a deadline is for is a new template, not a node that is lost or replicas that wait."""
+    made = cluster(spot=False)
+    made.wait("ready", ready(made), 900, everything(made))
+    run_for(made, 1)
+    made.store.patch(DEPLOYMENT, "vllm", "default", {"spec": {"replicas": 5}})
+    run_for(made, 2400)
+    assert len(ready_pods(made.store, "vllm", "default")) == 4, "the pool is full"
+    assert progressing(made) == ("True", "NewReplicaSetAvailable")
+    made.store.patch(
+        DEPLOYMENT, "vllm", "default", {"spec": {"template": {"metadata": {"annotations": {"again": "1"}}}}}
+    )
+    run_for(made, 1)
+    assert progressing(made) == ("True", "ReplicaSetUpdated")
 
 
 def test_a_rollout_replaces_pods_without_losing_availability():
