@@ -100,6 +100,7 @@ def test_a_session_is_played_through_first(pytester: pytest.Pytester, monkeypatc
     assert not Path(pytester.path, "reports").exists()
 
 
+@pytest.mark.slow
 def test_what_the_simulator_cannot_play_through_is_named(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:

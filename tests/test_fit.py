@@ -143,6 +143,7 @@ def test_the_left_out_run_has_no_say_in_its_own_prediction():
     assert predictions[0] == pytest.approx(predictions[1])
 
 
+@pytest.mark.slow
 def test_repeats_of_an_arm_have_no_say_in_each_others_prediction():
     """Otherwise six repeats of one arm would tell each other what to expect."""
     prior = start("llama-3.1-8b", "h200")

@@ -365,6 +365,7 @@ def test_file_that_cannot_be_collected_makes_the_record_partial(project: Project
     assert "absent_module" in error.reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["alone", "in a worker"])
 def test_file_with_experiments_that_skips_itself_makes_the_record_partial(
     project: Project, workers: list[str]

@@ -48,6 +48,7 @@ def test_same_record_as_without_workers(spawned: Project, options: list[str]) ->
     assert "gpulab-board" in (spawned.path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_killed_worker_is_a_named_error(project: Project) -> None:
     project.write(KILLED + GOOD).write(MORE, "test_more.py")
     result = project.spawn("-n", "2")
@@ -64,6 +65,7 @@ def test_killed_worker_is_a_named_error(project: Project) -> None:
     result.stdout.fnmatch_lines(["killed *open *", "Errors: no verdict", "  test_exp.py::test_killed (killed)"])
 
 
+@pytest.mark.slow
 def test_items_lost_with_the_last_worker_are_missing(project: Project) -> None:
     project.write(KILLED + GOOD)
     result = project.spawn("-n", "1", "--max-worker-restart=0")
@@ -82,6 +84,7 @@ def test_killed_worker_is_an_error_for_the_gate(project: Project) -> None:
     assert project.spawn("-n", "2", "--gpulab-gate=baseline.json").ret == 1
 
 
+@pytest.mark.slow
 def test_gate_with_workers(spawned: Project) -> None:
     spawned.write(MORE).run()
     spawned.file().rename(spawned.path / "baseline.json")
@@ -119,6 +122,7 @@ def test_plugin_that_leaves_items_out_of_workers_narrows(project: Project) -> No
     assert project.partial.session.narrowed.startswith("a plugin left out test_")
 
 
+@pytest.mark.slow
 def test_reruns(project: Project) -> None:
     project.write(
         """
@@ -135,6 +139,7 @@ def test_reruns(project: Project) -> None:
     assert project.decision("infra").verdict == "supported"
 
 
+@pytest.mark.slow
 def test_unwritable_report_folder(project: Project) -> None:
     (project.path / "reports").touch()
     result = project.write(GOOD).spawn("-n", "2")

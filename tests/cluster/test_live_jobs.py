@@ -259,6 +259,7 @@ def test_a_container_that_fails_fails_the_job(
         assert log(live, pod.metadata.name) == said
 
 
+@pytest.mark.slow
 def test_deleting_a_job_ends_its_processes_with_all_they_started(live: Live) -> None:
     program = (
         "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, lambda *_: print('asked', flush=True));"

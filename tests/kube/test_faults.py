@@ -89,6 +89,7 @@ def test_a_fleet_that_starts_warm(raised: RaisePool, cluster: Running) -> None:
     ends_at_zero(cluster, pool)
 
 
+@pytest.mark.slow
 def test_a_gpu_that_never_registers(raised: RaisePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "NODE_S", 300.0)
     with running(tmp_path, faults=Faults(never_allocatable=True)) as cluster:
@@ -101,6 +102,7 @@ def test_a_gpu_that_never_registers(raised: RaisePool, tmp_path: Path, monkeypat
         ends_at_zero(cluster, pool)
 
 
+@pytest.mark.slow
 def test_a_machine_that_never_joins(raised: RaisePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "NODE_S", 300.0)
     with running(tmp_path, faults=Faults(never_register=True)) as cluster:
@@ -119,6 +121,7 @@ def test_an_image_that_does_not_exist(raised: RaisePool, tmp_path: Path) -> None
         ends_at_zero(cluster, pool)
 
 
+@pytest.mark.slow
 def test_a_container_that_dies(raised: RaisePool, tmp_path: Path) -> None:
     with running(tmp_path, faults=Faults(crash_after_s=20.0)) as cluster:
         pool = raised(cluster)
@@ -148,6 +151,7 @@ def test_a_shortage_that_is_over(raised: RaisePool, tmp_path: Path) -> None:
         ends_at_zero(cluster, pool)
 
 
+@pytest.mark.slow
 def test_no_spot_capacity_is_no_failure(raised: RaisePool, tmp_path: Path) -> None:
     with running(tmp_path, faults=Faults(shortages=(Shortage(capacity_type="spot"),))) as cluster:
         pool = raised(cluster)
@@ -167,6 +171,7 @@ def test_an_api_server_that_stumbles(
         ends_at_zero(cluster, pool)
 
 
+@pytest.mark.slow
 def test_an_api_server_that_stays_down_while_serving(
     raised: RaisePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +208,7 @@ def _impatient(*arguments: object, **options: object) -> client.Kube:
     return client.connect(*arguments, **{**options, "retry_s": 1.0})  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_cluster_in_use_is_left_alone(raised: RaisePool, cluster: Running, tmp_path: Path) -> None:
     """A second run neither takes over nor removes what the first has put there."""
     pool = raised(cluster)

@@ -145,6 +145,7 @@ def wait_until_refused(port: int) -> None:
     raise TimeoutError("the server lives")
 
 
+@pytest.mark.slow
 def test_another_client_is_noticed():
     """A server that counts more than this client sent."""
     with golden_server(plan=["plain"]) as url:

@@ -34,6 +34,7 @@ def short_rungs(monkeypatch):
     monkeypatch.setattr("pytest_gpulab.load.headroom._RUNG_S", 0.2)
 
 
+@pytest.mark.slow
 def test_headroom_is_the_last_load_on_time(monkeypatch, short_rungs):
     """With a bound that no machine misses."""
     monkeypatch.setattr("pytest_gpulab.load.headroom._MOST_LAG_S", 10.0)
