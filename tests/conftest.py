@@ -25,6 +25,7 @@ for module in (
     "pytest_gpulab.outcomes",
     "pytest_gpulab.report.html",
     "pytest_gpulab.report.markdown",
+    "pytest_gpulab.report.plots",
     "rich.console",
     "rich.table",
     "rich.text",
