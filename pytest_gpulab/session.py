@@ -61,7 +61,7 @@ class Session:
         """Node ids of entered items that will not run, although no option says so."""
         self._outcomes: dict[str, Reported] = {}
         self._collection_errors: dict[str, str] = {}
-        self._skipped_files: list[str] = []
+        self._skipped_files: set[str] = set()
         self._reported: set[str] = set()
         self._failed: set[str] = set()
         self._stopped = ""
@@ -89,8 +89,9 @@ class Session:
         UsageError on bad ones; a worker tells its controller instead and runs nothing.
         """
         self._problems += enter(items)
-        self._entered.update(catalog_of(items))
-        if self._entered and not __debug__:
+        entered = catalog_of(items)
+        self._entered.update(entered)
+        if entered and not __debug__:
             self._problems.append("gates are asserts, which python -O and PYTHONOPTIMIZE leave out; run without them")
         if self._problems and is_worker(self.config):
             items.clear()
@@ -155,7 +156,7 @@ class Session:
             last = self._from_root(_last_line(report.longreprtext))
             self._collection_errors[report.nodeid] = f"could not be collected: {last}"
         elif report.skipped and _names_evidence(self.config.rootpath / report.nodeid):
-            self._skipped_files.append(report.nodeid)
+            self._skipped_files.add(report.nodeid)
 
     # --- running --------------------------------------------------------------------------------------------
 
@@ -250,7 +251,7 @@ class Session:
         if self._collection_errors:
             return f"could not collect {', '.join(sorted(self._collection_errors))}"
         if self._skipped_files:
-            return f"skipped as a whole: {', '.join(sorted(set(self._skipped_files)))}"
+            return f"skipped as a whole: {', '.join(sorted(self._skipped_files))}"
         if session.exitstatus == pytest.ExitCode.INTERNAL_ERROR:
             return "internal error"
         stopped = self._stopped or str(session.shouldfail or session.shouldstop or "")

@@ -15,7 +15,7 @@ from pytest_gpulab.errors import in_one_line
 from pytest_gpulab.experiment import EngineArgs, Profile
 from pytest_gpulab.models import find_model, models
 
-_IGNORED = (*("--host", "--port", "--load-format", "--tokenizer", "--api-key", "--shutdown-timeout"),)
+_IGNORED = ("--host", "--port", "--load-format", "--tokenizer", "--api-key", "--shutdown-timeout")
 """Flags with a value that change nothing about speed or scheduling."""
 
 _ALWAYS = {"block_size", "gpu_memory_utilization"}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 WATCH_KEY = pytest.StashKey["Watch"]()
 KNOWN_KEY = pytest.StashKey[dict[int, "Measurement"]]()
-"""Every measurement of this process by identity: a shared fixture's belongs to each item that asks it."""
+"""Every measurement of this process by identity: each item counts the repeats of a shared fixture's anew."""
 
 _PROPERTIES = ("verdict", "decision", "basis")
 

@@ -122,8 +122,10 @@ class Expiration:
     def reconcile(self, ref: Ref) -> float | None:
         """Delete it if it is time; seconds until it will be."""
         claim = self._store.find(NODE_CLAIM, *ref)
+        if claim is None or is_deleting(claim):
+            return None
         lives = duration(at(claim, "spec.expireAfter"))
-        if claim is None or is_deleting(claim) or lives is None:
+        if lives is None:
             return None
         left = seconds(claim["metadata"]["creationTimestamp"]) + lives - self._clock.now()
         if left > 0:
